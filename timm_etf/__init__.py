@@ -1,0 +1,15 @@
+"""Image backbones pretrained under a fixed (simplex ETF) classifier: a timm plugin.
+
+Importing this package registers `<arch>_etf` for timm's architectures, so that
+`timm.create_model("resnet50_etf", num_classes=100)` gives a ResNet-50 whose classifier is a frozen frame.
+"""
+
+from timm_etf import frames
+from timm_etf import variants as variants
+from timm_etf.classifier import FixedClassifier, fix_classifier, free_classifier
+from timm_etf.errors import UsageError
+from timm_etf.hub.load import create_model
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["FixedClassifier", "UsageError", "create_model", "fix_classifier", "frames", "free_classifier"]

@@ -1,0 +1,7 @@
+"""Folders for the Hugging Face Hub: written by `export`, read by `create_model`."""
+
+from timm_etf.hub.card import write_card
+from timm_etf.hub.folder import export
+from timm_etf.hub.load import create_model
+
+__all__ = ["create_model", "export", "write_card"]

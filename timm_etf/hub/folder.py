@@ -1,0 +1,117 @@
+"""`export`: a folder that plain timm loads, with everything needed to restore the fixed classifier."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from timm_etf.atomic import atomic_folder, require_new_folder, write_json
+from timm_etf.classifier import fixed_classifiers
+from timm_etf.errors import UsageError
+from timm_etf.hub.card import write_card
+from timm_etf.hub.load import FORMAT
+from timm_etf.variants import NO_PROVENANCE, base_name
+
+WEIGHTS = "model.safetensors"
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tag: str | None = None,
+    data_config: dict[str, Any] | None = None,
+    label_names: list[str] | None = None,
+    recipe: dict[str, Any] | None = None,
+    results: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as a folder for the Hub: config.json, model.safetensors, results.json and a card.
+
+    The architecture is timm's plain one and the frame is stored under the plain classifier's own keys, so
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits without this package. An `etf` block
+    at the root of config.json, which plain timm ignores, lets `timm_etf.create_model` restore the frozen classifier.
+    Nothing is said of where the base architecture's own weights came from: these weights have their own origin.
+
+    Args:
+        model: A timm model, with fixed classifiers or a learned one; left as it is.
+        folder: Folder to write, new or empty. It appears whole or not at all.
+        tag: Name of these weights, after the architecture's dot (`resnet50.TAG`).
+        data_config: Preprocessing that the weights were trained for, as `timm.data.resolve_data_config` gives it.
+        label_names: Class names in the order of the logits.
+        recipe: Training settings, recorded in config.json; JSON values.
+        results: Measured numbers, written to results.json; the card is made from that file.
+        overwrite: Whether a folder that is there already is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: If the folder is not empty, or the model was not made by `timm.create_model`.
+    """
+    folder = Path(folder)
+    if not overwrite:
+        require_new_folder(folder, "choose another folder, or give overwrite=True")
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not cfg or "architecture" not in cfg or not hasattr(model, "num_classes"):
+        raise UsageError(
+            f"{type(model).__name__} is not a model made by timm.create_model (or is a features_only one), so its "
+            "configuration cannot be written."
+        )
+    with atomic_folder(folder) as new:
+        # Contiguous, because safetensors refuses channels_last and transposed tensors.
+        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        with (new / WEIGHTS).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        etf = _etf_block(model, sha256, recipe)
+        write_json(new / "config.json", _config(model, new, tag, data_config, label_names, etf))
+        write_json(new / "results.json", results or {})
+        write_card(new)
+    return folder
+
+
+def _config(
+    model: Any,
+    folder: Path,
+    tag: str | None,
+    data_config: dict[str, Any] | None,
+    label_names: list[str] | None,
+    etf: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Timm's own config.json, with the plain architecture and without anything only this package understands."""
+    own = {**NO_PROVENANCE, "architecture": base_name(model.pretrained_cfg["architecture"]), "tag": tag}
+    save_config_for_hf(
+        model,
+        str(folder / "config.json"),
+        model_config={"pretrained_cfg": own, **({"label_names": label_names} if label_names else {})},
+        data_config=data_config,
+    )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"] = {k: v for k, v in config["pretrained_cfg"].items() if v is not None}
+    # timm's factory records every argument it was given; plain timm does not know these two.
+    config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in ("frame", "frame_seed")}
+    return config if etf is None else {**config, "etf": etf}
+
+
+def _etf_block(model: nn.Module, sha256: str, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+    heads = dict(fixed_classifiers(model))
+    if not heads:
+        return None
+    first = next(iter(heads.values()))
+    return {
+        "format": FORMAT,
+        "frame": first.frame,
+        "seed": first.seed,
+        "num_classes": first.out_features,
+        "dims": {name: head.in_features for name, head in heads.items()},
+        "weights_sha256": sha256,
+        "recipe": recipe or {},
+        "versions": {"timm_etf": version("timm_etf"), "timm": timm.__version__},
+    }

@@ -1,0 +1,82 @@
+"""`create_model`: timm's, plus the frozen head that a published folder's `etf` block describes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import parse_model_name
+from torch import nn
+
+from timm_etf import frames
+from timm_etf.classifier import FixedClassifier, classifier_names, fix_classifier
+from timm_etf.errors import UsageError
+
+FORMAT = 1
+"""Version of the `etf` block this package writes; it reads this one and older."""
+
+
+def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a model as `timm.create_model` does, and restore the fixed classifier it was trained under.
+
+    A folder or Hub repository written by `timm_etf.hub.export` holds an ordinary timm architecture whose classifier
+    weight is the frame, and an `etf` block in its `config.json`. Plain timm ignores the block and gives the same logits
+    from a trainable classifier; this function reads it and freezes the classifier again, bit for bit.
+
+    Args:
+        model_name: `"hf-hub:org/name"`, `"local-dir:folder"`, or any timm name.
+        pretrained: Whether to load the weights.
+        **kwargs: Everything else `timm.create_model` takes. With another `num_classes` than the published one there is
+            no frame to restore: the model gets timm's fresh trainable classifier (or none, for 0).
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: If the folder has no readable `config.json`, its `etf` block is from a newer version, or its
+            classifier weight is not the frame that the block promises.
+    """
+    source, path = parse_model_name(model_name)
+    if source is None:
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    etf = _etf_block(source, path, kwargs.get("cache_dir"))
+    model = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    if etf is None or kwargs.get("features_only") or getattr(model, "num_classes", 0) != etf["num_classes"]:
+        return model
+    if not pretrained:
+        return fix_classifier(model, frame=etf["frame"], seed=etf["seed"])
+    for name in classifier_names(model):
+        head = model.get_submodule(name)
+        if not frames.is_simplex(head.weight.flatten(1)) or (head.bias is not None and head.bias.any()):
+            raise UsageError(
+                f"{model_name}: config.json promises a fixed {etf['frame']} classifier, but the weights of {name!r} "
+                "are not one. Download or export the model again, or use timm.create_model to load it as it is."
+            )
+        fixed = FixedClassifier(head.weight, bias=head.bias is not None, frame=etf["frame"], seed=etf["seed"])
+        model.set_submodule(name, fixed)
+    return model
+
+
+def _etf_block(source: str, path: str, cache_dir: str | Path | None) -> dict[str, Any] | None:
+    """The `etf` block of a source's config.json, or None if it has none."""
+    if source == "hf-hub":
+        from timm.models._hub import download_from_hf
+
+        config_path = Path(download_from_hf(path, "config.json", cache_dir=cache_dir))
+    else:
+        config_path = Path(path) / "config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(
+            f"{source}:{path} has no readable config.json ({e}): is it an exported model folder?"
+        ) from None
+    etf = config.get("etf")
+    if etf is None:
+        return None
+    if etf.get("format", 0) > FORMAT:
+        raise UsageError(
+            f"{source}:{path} was written by a newer timm_etf (etf format {etf['format']}, this version reads up to "
+            f"{FORMAT}): pip install --upgrade timm_etf"
+        )
+    return etf

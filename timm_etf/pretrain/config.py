@@ -1,0 +1,155 @@
+"""What a pretraining run is told: one dataclass, which is also the command line and `run.json`."""
+
+import ast
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from timm_etf.errors import UsageError
+
+Head = Literal["etf", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretrain a timm architecture, with a fixed or a learned classifier.
+
+    The run folder receives run.json, log.jsonl, checkpoints/ and, at the end, results.json and export/ (ready for the
+    Hub). Ctrl-C or SIGTERM saves a checkpoint first; the same command with --resume continues from it.
+    """
+
+    model: str
+    """timm architecture: resnet50_etf has a fixed simplex ETF classifier, resnet50 a learned one."""
+    out: Path
+    """Run folder, new or empty (or, with --resume, the one to continue)."""
+    data_dir: Path | None = None
+    """Root of the images: for a folder data set it holds one folder per split, with one folder per class in each."""
+    dataset: str = "folder"
+    """timm data set name: folder, hfds/NAME, hfids/NAME, wds/NAME, torch/NAME ..."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str = "validation"
+    """Split to validate on after every epoch."""
+    num_classes: int | None = None
+    """Number of classes, where the data set does not tell (wds)."""
+    head: Head | None = None
+    """Classifier; by default what the model's name says. "etf" turns resnet50 into resnet50_etf."""
+    frame_seed: int = 0
+    """Seed of the fixed classifier's random rotation."""
+    model_kwargs: tuple[str, ...] = ()
+    """Further arguments of the architecture as NAME=VALUE, such as drop_path_rate=0.1."""
+
+    img_size: int | None = None
+    """Image side in pixels; by default the architecture's own."""
+    in_chans: Literal[1, 3] = 3
+    """Image channels: 3 for colour, 1 for grey."""
+    mean: tuple[float, ...] | None = None
+    """Channel means of the normalisation; by default the architecture's own."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations of the normalisation; by default the architecture's own."""
+    crop_pct: float | None = None
+    """Share of the resized side that validation crops; by default the architecture's own."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect range of the random resized crop."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.4
+    """Strength of the colour jitter (colour images only)."""
+    auto_augment: str | None = None
+    """timm's AutoAugment policy, such as rand-m9-mstd0.5-inc1."""
+    reprob: float = 0.0
+    """Probability of random erasing."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per step on each process."""
+    opt: str = "sgd"
+    """timm optimizer (its "sgd" has Nesterov momentum)."""
+    lr: float = 0.1
+    """Peak learning rate, for the whole batch over all processes."""
+    momentum: float = 0.9
+    """Momentum, for the optimizers that have it."""
+    weight_decay: float = 5e-5
+    """Weight decay; biases and norms are left out, as timm does."""
+    sched: str = "cosine"
+    """timm learning-rate schedule, stepped at every update."""
+    warmup_epochs: int = 5
+    """Epochs of linear warm-up, part of --epochs."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    amp: Literal["no", "fp16", "bf16"] | None = None
+    """Mixed precision; by default what accelerate was launched with."""
+    seed: int = 0
+    """Seed of the weights, of the order of the images and of their augmentation."""
+    workers: int = 4
+    """Loader processes per training process."""
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
+    """Experiment tracker, through accelerate; log.jsonl is written in any case."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint."""
+
+    @property
+    def architecture(self) -> str:
+        """Timm name of the model, after `--head` has had its say.
+
+        Raises:
+            UsageError: If timm does not know the name, or `--head` contradicts it.
+        """
+        import timm
+
+        import timm_etf  # noqa: F401 - registers the variants
+        from timm_etf.variants import SUFFIX, base_name, skipped
+
+        name = self.model
+        if self.head == "etf":
+            name = base_name(name) + SUFFIX
+        elif self.head == "learned" and name.endswith(SUFFIX):
+            raise UsageError(f"--head learned contradicts --model {name}: use --model {base_name(name)}.")
+        if base_name(name) in skipped and name.endswith(SUFFIX):
+            raise UsageError(f"{base_name(name)} has no {SUFFIX} variant: {skipped[base_name(name)]}.")
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists the names."
+            raise UsageError(f"Unknown model {name!r}: {hint}")
+        return name
+
+    @property
+    def parsed_model_kwargs(self) -> dict[str, Any]:
+        """`model_kwargs` as a dictionary; values are Python literals, or text where they are none.
+
+        Raises:
+            UsageError: If one is not NAME=VALUE.
+        """
+        parsed: dict[str, Any] = {}
+        for item in self.model_kwargs:
+            name, equals, value = item.partition("=")
+            if not equals or not name.isidentifier():
+                raise UsageError(f"--model-kwargs takes NAME=VALUE, got {item!r}.")
+            try:
+                parsed[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                parsed[name] = value
+        return parsed
+
+    def check(self) -> None:
+        """Refuse values that cannot work, before anything is loaded or written.
+
+        Raises:
+            UsageError: With the option to change.
+        """
+        self.architecture, self.parsed_model_kwargs  # noqa: B018 - both check what they parse
+        for option in ("epochs", "batch_size"):
+            if getattr(self, option) < 1:
+                raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(self, option)}.")
+        if not self.lr > 0:
+            raise UsageError(f"--lr must be positive, got {self.lr}.")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UsageError(f"--warmup-epochs must be less than --epochs ({self.epochs}), got {self.warmup_epochs}.")
+        if self.workers < 0:
+            raise UsageError(f"--workers must be at least 0, got {self.workers}.")
+        if self.data_dir is None and self.dataset == "folder":
+            raise UsageError("Give the images' folder with --data-dir, or a data set with --dataset hfds/NAME.")

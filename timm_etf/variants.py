@@ -1,0 +1,112 @@
+"""`<arch>_etf` for every timm architecture that has a classifier: importing this module registers them.
+
+A variant wraps timm's own entry point: the base builder makes the model, with every keyword argument it takes, and the
+classifiers that its `pretrained_cfg` names are then replaced by frozen frames. Nothing in timm is patched.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from timm.models import get_pretrained_cfg as _pretrained_cfg
+from timm.models import list_models, model_entrypoint, register_model
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from torch import nn
+
+from timm_etf import frames
+from timm_etf.classifier import FixedClassifier, classifier_names, fix_classifier
+from timm_etf.errors import UsageError
+
+SUFFIX = "_etf"
+"""What a variant's name adds to timm's."""
+
+skipped: dict[str, str] = {}
+"""timm architectures without a variant, and why."""
+
+default_cfgs: dict[str, DefaultCfg] = {}
+"""Published weights by variant, in the form `timm.models.register_model` reads."""
+
+__all__: list[str] = []  # register_model appends the variants; they are entry points, not names to import
+
+
+def base_name(name: str) -> str:
+    """Timm's own architecture name of a variant: `"resnet50_etf"` gives `"resnet50"`, any other name itself."""
+    return name.removesuffix(SUFFIX)
+
+
+NO_PROVENANCE: dict[str, Any] = {
+    **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "tag")),
+    **dict.fromkeys(("license", "description", "origin_url", "paper_name", "paper_ids", "notes")),
+    **dict.fromkeys(("label_offset", "label_names", "label_descriptions")),
+    "custom_load": False,
+}
+"""A variant's weights are never the base's: nothing that says where those came from may be inherited."""
+
+
+def _entry_point(name: str, base: Callable[..., nn.Module], cfg: PretrainedCfg) -> Callable[..., nn.Module]:
+    def variant(
+        pretrained: bool = False,
+        pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        *,
+        frame: str = "auto",
+        frame_seed: int = 0,
+        **kwargs: Any,
+    ) -> nn.Module:
+        if not pretrained_cfg:
+            pretrained_cfg = cfg
+        elif isinstance(pretrained_cfg, str):  # a tag: timm's own message where there is no such tag
+            pretrained_cfg = _pretrained_cfg(f"{name}.{pretrained_cfg}")
+        resolved = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
+        overlay = pretrained_cfg_overlay or {}
+        if pretrained and not replace(resolved, **overlay).has_weights and not (overlay.get("state_dict")):
+            raise UsageError(
+                f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
+                f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
+            )
+        model = base(
+            pretrained=pretrained, pretrained_cfg=resolved, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs
+        )
+        if kwargs.get("features_only") or getattr(model, "num_classes", 0) == 0:
+            return model
+        loaded = {n: model.get_submodule(n).weight.detach() for n in classifier_names(model)} if pretrained else {}
+        fix_classifier(model, frame=frame, seed=frame_seed)
+        for head_name, weight in loaded.items():
+            # Weights that were trained under a frame keep it, bit for bit; a learned classifier gives way to the frame.
+            if frames.is_simplex(weight.flatten(1)):
+                fixed = model.get_submodule(head_name)
+                assert isinstance(fixed, FixedClassifier)
+                fixed.load_state_dict({"weight": weight}, strict=False)
+        return model
+
+    variant.__name__ = variant.__qualname__ = name
+    variant.__module__ = __name__
+    variant.__doc__ = (
+        f"timm's `{base_name(name)}` with a fixed simplex ETF classifier. Takes all of its keyword arguments, and "
+        "`frame` and `frame_seed` (see `timm_etf.fix_classifier`)."
+    )
+    return variant
+
+
+def _register() -> None:
+    module = sys.modules[__name__]
+    for base in list_models():
+        base_entry_point = model_entrypoint(base)
+        # timm's own table of the module, because its get_pretrained_cfg copies deeply: 0.15 s for all names.
+        cfgs = getattr(sys.modules[base_entry_point.__module__], "default_cfgs", {})
+        if base not in cfgs or not cfgs[base].default.classifier:
+            skipped[base] = "its pretrained_cfg names no classifier"
+        elif base.endswith("_enc"):
+            skipped[base] = "an encoder: its pretrained_cfg names a classifier that the model does not have"
+        else:
+            name = base + SUFFIX
+            cfg = replace(cfgs[base].default, architecture=name, **NO_PROVENANCE)
+            default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": cfg})
+            entry_point = _entry_point(name, base_entry_point, cfg)
+            setattr(module, name, entry_point)
+            register_model(entry_point)
+
+
+_register()
