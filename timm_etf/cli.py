@@ -13,9 +13,22 @@ app = tyro.extras.SubcommandApp()
 @app.command(name="pretrain")
 def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Pretrain a timm architecture with a fixed or a learned classifier (one process; see also accelerate launch)."""
-    from timm_etf.pretrain.loop import pretrain
+    from timm_etf.pretrain.loop import pretrain, summary
 
-    pretrain(config)
+    print(summary(config, pretrain(config)))
+
+
+@app.command(name="demo")
+def demo(out: Path, resume: bool = False) -> None:
+    """The five-minute demo: pretrain a small backbone twice (learned and fixed head), probe both, export both.
+
+    Args:
+        out: Folder for everything the demo makes, new or empty.
+        resume: Continue a demo that was stopped.
+    """
+    from timm_etf.demo import run
+
+    run(out, resume=resume)
 
 
 @app.command(name="data")

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from timm.models import get_pretrained_cfg as _pretrained_cfg
-from timm.models import list_models, model_entrypoint, register_model
+from timm.models import get_pretrained_cfg, list_models, model_entrypoint, register_model
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
 from timm_etf import frames
-from timm_etf.classifier import FixedClassifier, classifier_names, fix_classifier
+from timm_etf.classifier import fix_classifier, fixed_classifiers
 from timm_etf.errors import UsageError
 
 SUFFIX = "_etf"
@@ -45,7 +44,7 @@ NO_PROVENANCE: dict[str, Any] = {
 """A variant's weights are never the base's: nothing that says where those came from may be inherited."""
 
 
-def _entry_point(name: str, base: Callable[..., nn.Module], cfg: PretrainedCfg) -> Callable[..., nn.Module]:
+def _entry_point(name: str, base: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def variant(
         pretrained: bool = False,
         pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
@@ -55,30 +54,30 @@ def _entry_point(name: str, base: Callable[..., nn.Module], cfg: PretrainedCfg) 
         frame_seed: int = 0,
         **kwargs: Any,
     ) -> nn.Module:
+        overlay = dict(pretrained_cfg_overlay or {})
+        if isinstance(pretrained_cfg, str):  # a tag: timm's own message where there is no such tag
+            pretrained_cfg = get_pretrained_cfg(f"{name}.{pretrained_cfg}")
+        elif not pretrained_cfg and default_cfgs[name].is_pretrained:
+            pretrained_cfg = default_cfgs[name].default
         if not pretrained_cfg:
-            pretrained_cfg = cfg
-        elif isinstance(pretrained_cfg, str):  # a tag: timm's own message where there is no such tag
-            pretrained_cfg = _pretrained_cfg(f"{name}.{pretrained_cfg}")
-        resolved = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
-        overlay = pretrained_cfg_overlay or {}
-        if pretrained and not replace(resolved, **overlay).has_weights and not (overlay.get("state_dict")):
+            # Not a configuration of our own: some builders take another path where they are given one.
+            overlay = {**NO_PROVENANCE, "architecture": name, **overlay}
+        known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg or PretrainedCfg())
+        if pretrained and not any({**known, **overlay}.get(k) for k in ("url", "file", "hf_hub_id", "state_dict")):
             raise UsageError(
                 f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
                 f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
             )
-        model = base(
-            pretrained=pretrained, pretrained_cfg=resolved, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs
-        )
+        model = base(pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs)
         if kwargs.get("features_only") or getattr(model, "num_classes", 0) == 0:
             return model
-        loaded = {n: model.get_submodule(n).weight.detach() for n in classifier_names(model)} if pretrained else {}
+        weights = model.state_dict() if pretrained else {}
         fix_classifier(model, frame=frame, seed=frame_seed)
-        for head_name, weight in loaded.items():
+        for head_name, fixed in fixed_classifiers(model):
             # Weights that were trained under a frame keep it, bit for bit; a learned classifier gives way to the frame.
-            if frames.is_simplex(weight.flatten(1)):
-                fixed = model.get_submodule(head_name)
-                assert isinstance(fixed, FixedClassifier)
-                fixed.load_state_dict({"weight": weight}, strict=False)
+            loaded = weights.get(f"{head_name}.weight")
+            if loaded is not None and frames.is_simplex(loaded.flatten(1)):
+                fixed.load_state_dict({"weight": loaded}, strict=False)
         return model
 
     variant.__name__ = variant.__qualname__ = name
@@ -104,7 +103,7 @@ def _register() -> None:
             name = base + SUFFIX
             cfg = replace(cfgs[base].default, architecture=name, **NO_PROVENANCE)
             default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": cfg})
-            entry_point = _entry_point(name, base_entry_point, cfg)
+            entry_point = _entry_point(name, base_entry_point)
             setattr(module, name, entry_point)
             register_model(entry_point)
 

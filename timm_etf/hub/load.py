@@ -46,7 +46,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     if not pretrained:
         return fix_classifier(model, frame=etf["frame"], seed=etf["seed"])
     for name in classifier_names(model):
-        head = model.get_submodule(name)
+        head: Any = model.get_submodule(name)
         if not frames.is_simplex(head.weight.flatten(1)) or (head.bias is not None and head.bias.any()):
             raise UsageError(
                 f"{model_name}: config.json promises a fixed {etf['frame']} classifier, but the weights of {name!r} "

@@ -1,5 +1,7 @@
 """Entry point of `accelerate launch -m timm_etf.pretrain`."""
 
+import os
+
 import tyro
 
 from timm_etf.errors import one_line_errors
@@ -10,9 +12,11 @@ def main() -> None:
     """Parse the command line and train."""
     config = tyro.cli(PretrainConfig, prog="timm_etf.pretrain")
     with one_line_errors():
-        from timm_etf.pretrain.loop import pretrain
+        from timm_etf.pretrain.loop import pretrain, summary
 
-        pretrain(config)
+        results = pretrain(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(summary(config, results))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def open_splits(config: PretrainConfig) -> Splits:
         # timm numbers the classes of each folder by itself, so a class missing here would shift all others.
         val = _open(config, config.val_split, is_training=False, class_map=train_classes)
     root = getattr(getattr(train, "reader", None), "root", None)
-    if config.dataset == "folder" and root is not None and root == getattr(val.reader, "root", None):  # type: ignore[attr-defined]
+    if config.dataset == "folder" and root is not None and root == getattr(val.reader, "root", None):
         raise UsageError(
             f"{config.data_dir} has no folders {config.train_split!r} and {config.val_split!r}: "
             "put the class folders of each split into its own, or name them with --train-split and --val-split."

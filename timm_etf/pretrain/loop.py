@@ -6,6 +6,7 @@ import logging
 import math
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     with _Stop(accelerator) as stop, _progress(config, train_loader, position, accelerator) as bar:
         for epoch in range(position.epoch, config.epochs):
-            bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
+            bar.set_description_str(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
             position = dataclasses.replace(position, epoch=epoch) if epoch == position.epoch else Position(epoch)
             started, first_step = time.perf_counter(), position.step
             position = _train_epoch(config, accelerator, model, optimizer, scheduler, train_loader, position, stop, bar)
@@ -105,6 +106,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             position = Position(epoch + 1)
             checkpoint.save(accelerator, config.out, position)
             if log:
+                bar.write(
+                    f"{bar.desc}  loss {metrics['train_loss']:.3f}  top-1 {metrics['top1']:.1f} %  "
+                    f"{metrics['images_per_second']:.0f} img/s"
+                )
                 log.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **metrics})
             accelerator.log(metrics, step=epoch + 1)
     if stop.requested():
@@ -127,14 +132,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             results=results,
             overwrite=True,
         )
-        # The last line of a run: what came out of it and what to type next.
-        print(
-            f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} % on {metrics['count']} validation images\n"
-            f"model: {config.out / 'export'}\n"
-            f"next:  python -c \"import timm; timm.create_model('local-dir:{config.out / 'export'}', pretrained=True)\""
-        )
     accelerator.wait_for_everyone()
     return results
+
+
+def summary(config: PretrainConfig, results: dict[str, Any]) -> str:
+    """What came out of a run and what to type next, in three lines."""
+    source, folder = results["source"], config.out / "export"
+    return (
+        f"top-1 {source['top1']:.2f} %, top-5 {source['top5']:.2f} % on {source['count']} validation images\n"
+        f"model: {folder}\n"
+        f"next:  python -c \"import timm; timm.create_model('local-dir:{folder}', pretrained=True)\""
+    )
 
 
 def _create_model(config: PretrainConfig, num_classes: int) -> nn.Module:
@@ -150,7 +159,7 @@ def _create_model(config: PretrainConfig, num_classes: int) -> nn.Module:
         raise UsageError(f"{name}: {e}. Check --model-kwargs.") from e
 
 
-def _img_size(config: PretrainConfig) -> dict[str, int]:
+def _img_size(config: PretrainConfig) -> dict[str, Any]:
     """`img_size` for the architectures whose input size is fixed when they are built; the others take any."""
     cfg = timm.get_pretrained_cfg(config.architecture)
     return {"img_size": config.img_size} if config.img_size and cfg is not None and cfg.fixed_input_size else {}
@@ -268,8 +277,8 @@ def _progress(
         initial=(position.epoch * loader.steps_per_epoch + position.step) * per_step,
         unit="img",
         smoothing=0.05,
-        # Off on the other processes; None leaves it to tqdm to be silent where there is no terminal.
-        disable=None if accelerator.is_main_process else True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file needs no more
+        disable=not accelerator.is_main_process,
     ) as bar:
         yield bar
 
@@ -303,7 +312,7 @@ class _Stop:
         elif step % 10 == 0 or last:
             flag = torch.tensor(self.signum, device=self.accelerator.device)
             # The signal may have reached one process only: the others take its number.
-            self.signum = int(self.accelerator.gather(flag.unsqueeze(0)).max().item())  # type: ignore[union-attr]
+            self.signum = int(self.accelerator.gather(flag.unsqueeze(0)).max().item())
             self._agreed = bool(self.signum)
         return self._agreed
 
