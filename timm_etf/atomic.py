@@ -17,11 +17,16 @@ _UNFINISHED = ".unfinished-"
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Write a folder under a temporary name beside `path` and rename it when the block ends without an error.
 
-    A folder already at `path` is replaced only then. Whatever an earlier kill left under a temporary name is removed.
+    A folder already at `path` is replaced only then. What a kill left under a temporary name is cleaned away, except a
+    folder that was just stepping aside: it is put back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(path.parent, path.name)
     new = path.parent / f"{_UNFINISHED}{path.name}"
+    old = path.parent / f"{_UNFINISHED}{path.name}.old"
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.rename(path)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir()
     try:
         yield new
@@ -30,18 +35,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
     if path.exists():
         # A rename cannot replace a folder with content, so the old one steps aside first.
-        old = path.parent / f"{_UNFINISHED}{path.name}.old"
         path.rename(old)
         new.rename(path)
         shutil.rmtree(old)
     else:
         new.rename(path)
-
-
-def remove_unfinished(parent: Path, name: str = "") -> None:
-    """Remove what writers of `parent / name` (of any name, by default) left when they were killed."""
-    for leftover in parent.glob(f"{_UNFINISHED}{name}*"):
-        shutil.rmtree(leftover)
 
 
 def write_text(path: Path, text: str) -> None:

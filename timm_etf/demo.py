@@ -111,7 +111,7 @@ def run(out: Path, *, resume: bool = False) -> dict[str, Any]:
 def _probe(folder: Path, targets: dict[str, Path]) -> dict[str, transfer.Probe]:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     return {
-        name: transfer.linear_probe(transfer.extract(model, root, "train"), transfer.extract(model, root, "test"))
+        name: transfer.linear_probe(*(transfer.extract(model, root, split, workers=0) for split in ("train", "test")))
         for name, root in targets.items()
     }
 
@@ -212,7 +212,10 @@ def _draw_images(figure: Any, source: Path, targets: dict[str, Path]) -> None:
             axis.imshow(imread(sorted(chosen.iterdir())[0]), cmap="gray", vmin=0, vmax=1)
         for axis in axes:
             axis.set_axis_off()
-        axes[0].set_title(name, loc="left", fontsize=9)
+        # Not a title: its width would push the first column aside.
+        axes[0].annotate(name, (0, 1.05), xycoords="axes fraction", fontsize=9, annotation_clip=False).set_in_layout(
+            False
+        )
 
 
 def _draw_learning(axis: Any, out: Path) -> None:
@@ -220,6 +223,7 @@ def _draw_learning(axis: Any, out: Path) -> None:
         epochs = [json.loads(line) for line in (out / name / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         axis.plot([e["epoch"] for e in epochs], [e["top1"] for e in epochs], color=COLOURS[head], label=f"{head} head")
     axis.set(xlabel="epoch", title="Source: top-1 on unseen icon families (%)", ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, loc="lower right")
 
 
@@ -233,6 +237,6 @@ def _draw_transfer(axis: Any, targets: list[dict[str, Any]]) -> None:
         text = f"ETF - learned: {difference:+.1f} ({low:+.1f} to {high:+.1f})"
         axis.annotate(text, (1.0, y + 0.27), xycoords=("axes fraction", "data"), ha="right", fontsize=8.5)
     axis.set_yticks(heights, [f"{t['target']}\n{t['classes']} classes" for t in targets])
-    axis.set(ylim=(-0.6, len(targets) - 0.4), xlabel="accuracy (%) and 95 % interval over test images; one seed")
+    axis.set(ylim=(-0.6, len(targets) - 0.4), xlabel="accuracy (%), 95 % over test images, one seed")
     axis.set_title("Transfer: linear probe of the frozen features")
     axis.grid(axis="x", alpha=0.3)

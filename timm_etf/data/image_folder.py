@@ -130,10 +130,9 @@ def build(folder: Path, origins: Iterable[Origin], items: Callable[[], Iterable[
         raise UsageError(f"The embedded images need {e.name}: pip install 'timm_etf[demo]'") from None
     made_from = {"name": folder.name, "builder": BUILDER_VERSION, "packages": packages}
     if folder.exists():
-        try:
-            found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UsageError(f"{folder} exists and is not a built data set: move it, or choose another root.") from None
+        found = _record(folder)
+        if found is None or found.get("name") != folder.name or "builder" not in found:
+            raise UsageError(f"{folder} exists and is not a built data set: move it, or choose another root.")
         if all(found.get(k) == v for k, v in made_from.items()):
             return folder
     with atomic_folder(folder) as new:
@@ -143,6 +142,15 @@ def build(folder: Path, origins: Iterable[Origin], items: Callable[[], Iterable[
         table = "\n".join(["| family | licence | package | project |", "|---|---|---|---|", *rows])
         write_text(new / "LICENSES.md", f"# {folder.name}\n\nThese images are drawn from:\n\n{table}\n")
     return folder
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """What a builder wrote about the folder; None if there is no such thing."""
+    try:
+        record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _write(folder: Path, items: Iterable[Item]) -> dict[str, Any]:

@@ -84,7 +84,26 @@ _SAME = {
     **{"account": "user", "person": "user", "pen": "pencil", "lightning": "bolt", "flash": "bolt"},
     **{"add": "plus", "close": "x", "xmark": "x", "times": "x", "x-mark": "x", "magnify-plus": "zoom-in"},
     **{"magnifying-glass-plus": "zoom-in", "magnify-minus": "zoom-out", "magnifying-glass-minus": "zoom-out"},
+    **{"settings": "cog", "edit": "pencil", "airplane": "plane", "earth": "globe", "world": "globe"},
+    **{"cart": "shopping-cart", "bar-chart": "chart-bar", "folder-add": "folder-plus", "add-circle": "plus-circle"},
+    **{"cloud-arrow-down": "cloud-download", "cloud-arrow-up": "cloud-upload", "funnel": "filter"},
+    **{"unlock": "lock-open", "eye-slash": "eye-off", "visibility": "eye", "television": "tv", "microphone": "mic"},
+    **{"group": "users", "people": "users", "comment": "chat", "message": "chat", "notifications": "bell"},
+    **{"map-marker": "map-pin", "place": "map-pin", "location": "map-pin", "help": "question", "luggage": "suitcase"},
+    **{"paint-brush": "brush", "logout": "log-out", "sign-out": "log-out", "login": "log-in", "sign-in": "log-in"},
+    **{"favorite": "heart", "extension": "puzzle", "call": "phone", "award": "medal"},
 }
+_SAME_IN = {
+    # Words that one family uses for what all others call something else.
+    **{("fluent", "alert"): "bell", ("fluent", "phone"): "mobile", ("bootstrap", "phone"): "mobile"},
+    **{("bootstrap", "telephone"): "phone", ("fluent", "delete"): "trash", ("mdi", "delete"): "trash"},
+    **{("material", "delete"): "trash"},
+}
+_NUMBERED = frozenset({"material", "mdi"})
+"""Families that draw the number in a name (`forward_10`); elsewhere it is a size or a variant."""
+
+_SPLIT_WORDS = frozenset({"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"})
+"""Not in a class name: `datasets` would read `validation/train/` (a locomotive) as a part of the training split."""
 _BRANDS = re.compile(
     "(^|-)(apple|amazon|aws|bitcoin|chrome|discord|docker|dropbox|edge|ethereum|facebook|figma|firefox|git|github|"
     "gitlab|google|html5|instagram|linkedin|linux|medium|microsoft|npm|opera|paypal|pinterest|python|reddit|safari|slack|"
@@ -100,8 +119,8 @@ class _Drawing:
     draw: "Callable[[], NDArray[np.uint8] | None]"
 
 
-def canonical_name(name: str) -> str | None:
-    """Class of an icon's name, without the words that name a style; None for logos, letters and digits.
+def canonical_name(name: str, family: str = "") -> str | None:
+    """Class of an icon's name, without the words that name a style; None for logos, letters, digits and splits.
 
     Example:
         >>> canonical_name("arrow_left-bold"), canonical_name("House-2-line"), canonical_name("github-fill")
@@ -110,7 +129,10 @@ def canonical_name(name: str) -> str | None:
     words = _PREFIXES.sub("", re.sub(r"[^a-z0-9]+", "-", name.lower())).strip("-").split("-")
     while len(words) > 1 and (words[-1] in _STYLES or words[-1].isdigit()):
         words.pop()
-    label = _SAME.get("-".join(words), "-".join(words))
+    if not _SPLIT_WORDS.isdisjoint(words) or (family in _NUMBERED and re.search(r"[-_]\d+", name)):
+        return None
+    label = "-".join(words)
+    label = _SAME_IN.get((family, label)) or _SAME.get(label, label)
     is_text = (len(words[0]) == 1 and label != "x") or words[0].isdigit() or words[0] in ("alpha", "numeric", "letter")
     return None if is_text or _BRANDS.search(label) else label
 
@@ -147,7 +169,7 @@ def _drawings() -> Iterator[_Drawing]:
         (path,), (table,) = folder.glob(font_pattern), folder.glob(table_pattern)
         font = image_folder.open_font(path)
         for name, code in json.loads(table.read_text(encoding="utf-8")).items():
-            if label := canonical_name(name):
+            if label := canonical_name(name, family):
                 file = f"{path.stem}-{re.sub('[^A-Za-z0-9]+', '-', name)}".lower()
                 point = code if isinstance(code, int) else int(code, 16)
                 yield _Drawing(family, label, file, partial(image_folder.glyph, font, chr(point)))

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from timm_etf.atomic import remove_unfinished
 from timm_etf.errors import UsageError
 from timm_etf.pretrain.config import PretrainConfig
 
@@ -67,7 +66,8 @@ def save(accelerator: Accelerator, out: Path, position: Position) -> Path:
     unfinished = folder / f".unfinished-{new.name}"
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
-        remove_unfinished(folder)
+        for leftover in folder.glob(".unfinished-*"):  # of a save that was killed
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_etf import hub
-from timm_etf.atomic import remove_unfinished, require_new_folder, write_json, write_text
+from timm_etf.atomic import require_new_folder, write_json, write_text
 from timm_etf.classifier import fixed_classifiers
 from timm_etf.errors import Interrupted, UsageError
 from timm_etf.pretrain import checkpoint, data
@@ -68,7 +68,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         data.check_images(splits.train, splits.val)
         config.out.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(config.out)
         write_json(config.out / "run.json", _run_record(config, settings, model, data_config, train_loader))
     accelerator.wait_for_everyone()
 

@@ -1,17 +1,17 @@
-"""Linear probe: multinomial logistic regression on frozen features, its regularisation chosen on a validation split."""
+"""Linear probe: multinomial logistic regression on frozen features, its weight decay chosen on a validation split."""
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from timm_etf.errors import UsageError
 from timm_etf.transfer.features import Features
 
 WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
-"""Strengths tried: lambda in mean loss + lambda/2 |w|^2, on standardised features."""
+"""Strengths tried: lambda in mean loss + lambda/2 |W|^2, on standardised features."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Probe:
 def linear_probe(train: Features, test: Features, *, seed: int = 0) -> Probe:
     """Fit L2-regularised logistic regression on `train` and score it on `test`.
 
-    Features are standardised with the training split's mean and deviation. The strength of the regularisation is the
-    best of `WEIGHT_DECAYS` on a random fifth of the training split, stratified by class where every class has two
-    images; the model is then fitted again on all of it. The test split decides nothing.
+    Features are standardised with the training split's mean and deviation. The weight decay is the best of
+    `WEIGHT_DECAYS` on a random fifth of every class of the training split; the model is then fitted again on all of
+    it. The test split decides nothing.
 
     Args:
         train: Features to fit on.
@@ -56,33 +56,74 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> Probe:
     Raises:
         UsageError: If the two splits have different classes.
     """
-    from sklearn.model_selection import train_test_split
-
     if train.class_to_idx != test.class_to_idx:
         odd = sorted(set(train.class_to_idx) ^ set(test.class_to_idx))
         raise UsageError(f"Both splits of a target need the same classes; only one has {', '.join(odd[:3])}.")
+    num_classes = len(train.class_to_idx)
     mean, deviation = train.x.mean(axis=0), train.x.std(axis=0)
     # A feature that is constant in training carries nothing: it becomes 0 instead of a division by 0.
-    scale = np.where(deviation > 1e-8, 1 / np.maximum(deviation, 1e-8), 0)
-    x, x_test = (train.x - mean) * scale, (test.x - mean) * scale
-    stratify = train.y if np.bincount(train.y).min() > 1 and len(train.y) >= 5 * len(train.class_to_idx) else None
-    fit, held = train_test_split(np.arange(len(x)), test_size=0.2, random_state=seed, stratify=stratify)
-    scores = [(_fit(x[fit], train.y[fit], w).predict(x[held]) == train.y[held]).mean() for w in WEIGHT_DECAYS]
+    scale = np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0).astype(np.float32)
+    x, x_test = (torch.from_numpy((f.x - mean) * scale) for f in (train, test))
+    y = torch.from_numpy(train.y)
+    held = torch.from_numpy(_fifth_of_every_class(train.y, seed))
+    weights = None
+    scores = []
+    for weight_decay in WEIGHT_DECAYS:  # from strong to weak, each fit starting at the one before
+        weights = fit_logistic(x[~held], y[~held], num_classes, weight_decay, start=weights)
+        scores.append((_logits(x[held], weights).argmax(1) == y[held]).double().mean().item())
     best = WEIGHT_DECAYS[int(np.argmax(scores))]
-    correct = _fit(x, train.y, best).predict(x_test) == test.y
-    return Probe(correct, best, len(train.class_to_idx))
+    predicted = _logits(x_test, fit_logistic(x, y, num_classes, best)).argmax(1).numpy()
+    return Probe(predicted == test.y, best, num_classes)
 
 
-def _fit(x: NDArray[np.float32], y: NDArray[np.int64], weight_decay: float) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
+def fit_logistic(x: Tensor, y: Tensor, num_classes: int, weight_decay: float, start: Tensor | None = None) -> Tensor:
+    """Minimise mean cross-entropy + weight_decay/2 |W|^2 by L-BFGS; the bias is not penalised.
 
-    # scikit-learn's C multiplies the loss summed over samples.
-    model = LogisticRegression(C=1 / (weight_decay * len(x)), max_iter=200)
-    with warnings.catch_warnings():
-        # Weakly regularised fits may stop at max_iter; the validation fifth judges them as they are.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(x, y)
+    Args:
+        x: Features, float of shape [n, d].
+        y: Class numbers in [0, num_classes), int64 of shape [n].
+        num_classes: K.
+        weight_decay: At least 0.
+        start: Where to start, [K, d + 1]; zero by default.
+
+    Returns:
+        Weights and, in the last column, biases: [K, d + 1].
+    """
+    weights = torch.zeros(num_classes, x.shape[1] + 1, dtype=x.dtype) if start is None else start.clone()
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=200,
+        history_size=10,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> float:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(_logits(x, weights), y)
+        loss = loss + weight_decay / 2 * weights[:, :-1].square().sum()
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(objective)
+    return weights.detach()
+
+
+def _logits(x: Tensor, weights: Tensor) -> Tensor:
+    return torch.addmm(weights[:, -1], x, weights[:, :-1].T)
+
+
+def _fifth_of_every_class(y: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
+    """Mask of a random fifth of each class, rounded; a class of one or two images keeps them all for the fit."""
+    shuffled = np.random.default_rng(seed).permutation(len(y))
+    by_class = shuffled[np.argsort(y[shuffled], kind="stable")]
+    counts = np.bincount(y)
+    place = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = np.zeros(len(y), dtype=bool)
+    held[by_class] = place < np.repeat(np.rint(counts / 5), counts)
+    return held
 
 
 def paired_difference(a: Probe, b: Probe, *, draws: int = 2000, seed: int = 0) -> tuple[float, tuple[float, float]]:

@@ -1,0 +1,92 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset
+
+from timm_etf.pretrain.data import EpochSampler, SeededDataset, _EveryNth
+
+
+@given(
+    n=st.integers(1, 200),
+    batch=st.integers(1, 16),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_epoch_sampler(n: int, batch: int, world: int, seed: int, epoch: int, data: st.DataObject) -> None:
+    samplers = [EpochSampler(n, batch, rank, world, seed) for rank in range(world)]
+    steps = samplers[0].steps_per_epoch
+    assert steps == n // (batch * world)
+    seen = []
+    for sampler in samplers:
+        sampler.start_at(epoch, 0)
+        items = list(sampler)
+        assert len(items) == len(sampler) == steps * batch
+        assert all(item // n == epoch for item in items)
+        first = data.draw(st.integers(0, steps))
+        sampler.start_at(epoch, first)
+        assert list(sampler) == items[first * batch :]  # a resume sees what it would have seen
+        seen += [item % n for item in items]
+    assert len(set(seen)) == len(seen)  # no sample twice over all processes
+
+
+def test_epochs_differ_and_one_process_sees_what_two_see() -> None:
+    one, two = EpochSampler(40, 8, 0, 1, 0), [EpochSampler(40, 4, rank, 2, 0) for rank in (0, 1)]
+    orders = []
+    for epoch in (0, 1):
+        for sampler in (one, *two):
+            sampler.start_at(epoch, 0)
+        whole = torch.tensor(list(one)).view(5, 8)
+        halves = torch.cat([torch.tensor(list(s)).view(5, 4) for s in two], dim=1)
+        assert torch.equal(whole, halves)
+        orders.append(whole % 40)
+    assert not torch.equal(*orders)
+
+
+class _Noise(Dataset[list[float]]):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> list[float]:
+        return [index, random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
+    dataset = SeededDataset(_Noise(), seed=1)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    first = dataset[13]
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    random.random(), np.random.rand(), torch.rand(3)
+    assert dataset[13] == first
+    assert first[0] == 3
+    assert dataset[3] != first  # the same image in another epoch
+    assert SeededDataset(_Noise(), seed=2)[13] != first
+
+
+class _Stream:
+    dist_rank, dist_num_replicas = 7, 9
+
+    def __iter__(self) -> object:
+        assert (self.dist_rank, self.dist_num_replicas) == (0, 1)  # told not to split by itself
+        return iter(range(11))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 12])
+def test_streams_are_shared_out_exactly(world: int) -> None:
+    parts = [list(_EveryNth(_Stream(), rank, world)) for rank in range(world)]
+    assert sorted(item for part in parts for item in part) == list(range(11))
+
+
+def test_readable_by_datasets_too(images: Path) -> None:
+    import datasets
+
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(images), cache_dir=str(images.parent / "cache"))
+    assert {k: len(v) for k, v in loaded.items()} == {"train": 122, "validation": 37}

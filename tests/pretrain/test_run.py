@@ -1,0 +1,218 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import timm_etf
+from tests.pretrain.test_errors import config
+from timm_etf import FixedClassifier, UsageError, frames
+from timm_etf.pretrain.loop import pretrain
+
+ARGUMENTS = (
+    "--epochs 6 --warmup-epochs 1 --batch-size 8 --img-size 32 --workers 0 --opt adamw --lr 0.003 "
+    "--model-kwargs drop_rate=0.2"
+).split()
+
+
+def command(images: Path, out: Path, *more: str) -> list[str]:
+    verb = [sys.executable, "-m", "timm_etf.pretrain", "--model", "test_resnet_etf"]
+    return [*verb, "--data-dir", str(images), "--out", str(out), *ARGUMENTS, *more]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never interrupted."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    subprocess.run(command(images, out), check=True, capture_output=True)
+    return out
+
+
+def test_a_run_learns_and_leaves_what_it_promises(straight: Path) -> None:
+    log = lines(straight)
+    assert [record["epoch"] for record in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["top1"] > 60  # five classes: 20 % is chance
+    assert all(record["count"] == 37 for record in log)
+    assert {p.name for p in straight.iterdir()} == {"run.json", "log.jsonl", "checkpoints", "results.json", "export"}
+    run = json.loads((straight / "run.json").read_text())
+    assert run["fixed_classifiers"] == ["fc"]
+    assert run["settings"]["architecture"] == "test_resnet_etf"
+    net = timm_etf.create_model(f"local-dir:{straight / 'export'}", pretrained=True)
+    assert isinstance(net.fc, FixedClassifier)
+    assert torch.equal(net.fc.weight, frames.simplex(5, 96).float())
+    results = json.loads((straight / "results.json").read_text())
+    assert results["source"]["top1"] == log[-1]["top1"]
+
+
+def _validate_by_hand(run: Path, images: Path) -> float:
+    net = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
+    dataset = timm.data.create_dataset("", root=str(images / "validation"))
+    dataset.transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+    with torch.no_grad():
+        hits = [net(dataset[i][0][None]).argmax().item() == dataset[i][1] for i in range(len(dataset))]
+    return 100 * sum(hits) / len(hits)
+
+
+def test_the_reported_accuracy_is_that_of_the_exported_model_in_plain_timm(straight: Path, images: Path) -> None:
+    assert _validate_by_hand(straight, images) == pytest.approx(lines(straight)[-1]["top1"])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_and_resumed_is_the_straight_run(
+    images: Path, straight: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(images, out), stderr=subprocess.PIPE, text=True)
+    _wait_for_line(out, process)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "The same command with --resume continues from it." in stderr
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert not (out / "export").exists()
+    assert not checkpoint.name.startswith("epoch-0006")
+    subprocess.run(command(images, out, "--resume"), check=True, capture_output=True)
+    ours, theirs = weights(out), weights(straight)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    # Not only the weights: the losses too, which are a mean over steps before and after the interruption.
+    assert [r["train_loss"] for r in lines(out)] == [r["train_loss"] for r in lines(straight)]
+
+
+def test_killed_leaves_nothing_half_written_and_resumes(images: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(images, out), stderr=subprocess.DEVNULL)
+    _wait_for_line(out, process)
+    process.kill()
+    process.wait()
+    json.loads((out / "run.json").read_text())
+    whole = [p for p in (out / "checkpoints").iterdir() if p.name.startswith("epoch-")]
+    assert whole
+    for checkpoint in whole:
+        assert load_file(checkpoint / "model.safetensors")
+        json.loads((checkpoint / "position.json").read_text())
+    # What a kill in the middle of a save leaves: it is ignored and cleaned away.
+    (out / "checkpoints" / ".unfinished-epoch-0009-step-000000").mkdir(exist_ok=True)
+    subprocess.run(command(images, out, "--resume"), check=True, capture_output=True)
+    assert [r["epoch"] for r in lines(out)] == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(v, weights(straight)[k]) for k, v in weights(out).items())
+    assert not list(out.rglob(".unfinished*"))
+
+
+def _wait_for_line(out: Path, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
+        assert process.poll() is None, "the run ended before it logged anything"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_two_processes_count_every_image_once_and_agree(images: Path, tmp_path: Path) -> None:
+    shared = ["--epochs", "2", "--batch-size", "8"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    verb = ["-m", "timm_etf.pretrain", *command(images, tmp_path / "two", *shared)[3:]]
+    done = subprocess.run([*launch, *verb], capture_output=True, text=True, check=False, env=_offline())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("37 validation images") == 1  # one process speaks
+    (last,) = lines(tmp_path / "two")[-1:]
+    assert last["count"] == 37
+    assert _validate_by_hand(tmp_path / "two", images) == pytest.approx(last["top1"])
+    run = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert (run["settings"]["processes"], run["steps_per_epoch"]) == (2, 122 // 16)
+
+
+def _offline() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_resume_of_another_run_is_refused(images: Path, straight: Path) -> None:
+    settings = {"epochs": 6, "warmup_epochs": 1, "batch_size": 8, "opt": "adamw", "lr": 0.003, "resume": True}
+    settings["model_kwargs"] = ("drop_rate=0.2",)
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
+    for changes, says in (
+        ({"model": "test_resnet"}, "architecture 'test_resnet_etf', now it is 'test_resnet'"),
+        ({"num_classes": 7}, "num_classes 5, now it is 7"),
+        ({"batch_size": 4}, "batch_size 8, now it is 4"),
+    ):
+        with pytest.raises(UsageError, match=f"Cannot resume .*: it was started with {says}"):
+            pretrain(config(images, straight, **settings | changes))
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path / "run"))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    (checkpoint / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UsageError, match=r"Cannot read the checkpoint .*: restore it, or start again"):
+        pretrain(config(images, tmp_path / "run", resume=True))
+
+
+def test_both_heads_start_from_the_same_backbone(images: Path, tmp_path: Path) -> None:
+    # With a learning rate near zero the runs end where they started.
+    for name, head in (("fixed", "etf"), ("free", "learned")):
+        pretrain(config(images, tmp_path / name, model="test_resnet", head=head, lr=1e-30, weight_decay=0.0))
+    ours, theirs = weights(tmp_path / "fixed"), weights(tmp_path / "free")
+    assert ours.keys() == theirs.keys()
+    same = [k for k in ours if torch.equal(ours[k], theirs[k])]
+    assert set(ours) - set(same) == {"fc.weight"}
+
+
+@pytest.mark.parametrize("kind", ["hfds-folder", "hfds-parquet", "hfids-parquet", "wds"])
+def test_timms_other_readers(images: Path, tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"model": "test_resnet", "head": "etf", "data_dir": None, "num_classes": None}
+    if kind == "hfds-folder":
+        changes["dataset"] = f"hfds/{images}"
+    elif kind == "wds":
+        changes |= {"dataset": "wds/x", "data_dir": _shards(images, tmp_path / "wds"), "num_classes": 5}
+        changes |= {"train_split": "train-0000.tar|122", "val_split": "validation-0000.tar|37"}
+    else:
+        changes["dataset"] = f"{kind.partition('-')[0]}/{_parquet(images, tmp_path / 'parquet')}"
+    results = pretrain(config(images, tmp_path / "run", **changes))
+    assert results["source"]["count"] == 37
+
+
+def _parquet(images: Path, root: Path) -> Path:
+    import datasets
+
+    (root / "data").mkdir(parents=True)
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(images), cache_dir=str(root / "cache"))
+    for split, data in loaded.items():
+        data.to_parquet(str(root / "data" / f"{split}-00000-of-00001.parquet"))
+    return root
+
+
+def _shards(images: Path, root: Path) -> Path:
+    import webdataset
+
+    root.mkdir()
+    for split in ("train", "validation"):
+        with webdataset.TarWriter(str(root / f"{split}-0000.tar")) as tar:
+            for number, path in enumerate(sorted((images / split).rglob("*.png"))):
+                label = str(int(path.parent.name[-1])).encode()
+                tar.write({"__key__": f"{number:05d}", "png": path.read_bytes(), "cls": label})
+    return root
