@@ -44,7 +44,7 @@ def config(images: Path, out: Path, **changes: Any) -> PretrainConfig:
         ({"data_dir": None}, "--data-dir"),
         ({"data_dir": Path("nowhere")}, "No data at nowhere"),
         ({"dataset": "hfds/nowhere", "data_dir": None}, "Cannot open the 'train' split of hfds/nowhere"),
-        ({"mean": (0.5,)}, "--mean needs 3 values, one for each channel, got 1"),
+        ({"mean": (0.5, 0.4)}, "--mean takes one value for all channels or 3"),
         ({"resume": True}, "No run to resume in .*: leave out --resume"),
     ],
 )

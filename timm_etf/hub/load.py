@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 from timm.models import parse_model_name
+from timm.models._hub import download_from_hf
 from torch import nn
 
 from timm_etf import frames
@@ -59,24 +60,34 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
 def _etf_block(source: str, path: str, cache_dir: str | Path | None) -> dict[str, Any] | None:
     """The `etf` block of a source's config.json, or None if it has none."""
-    if source == "hf-hub":
-        from timm.models._hub import download_from_hf
-
-        config_path = Path(download_from_hf(path, "config.json", cache_dir=cache_dir))
-    else:
-        config_path = Path(path) / "config.json"
+    name = f"{source}:{path}"
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        config_path = (
+            download_from_hf(path, "config.json", cache_dir=cache_dir)
+            if source == "hf-hub"
+            else Path(path) / "config.json"
+        )
+    except Exception as e:  # huggingface_hub has many: no such repository, no access, no network, not in the cache
         raise UsageError(
-            f"{source}:{path} has no readable config.json ({e}): is it an exported model folder?"
-        ) from None
+            f"Cannot get config.json of {name} ({type(e).__name__}: {_first_line(e)}). Check the name, your login and the "
+            "network."
+        ) from e
+    try:
+        config = json.loads(Path(config_path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{name} has no readable config.json ({_first_line(e)}): is it an exported folder?") from None
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise UsageError(f"The config.json of {name} has no 'architecture': it is not one of timm's.")
     etf = config.get("etf")
     if etf is None:
         return None
     if etf.get("format", 0) > FORMAT:
         raise UsageError(
-            f"{source}:{path} was written by a newer timm_etf (etf format {etf['format']}, this version reads up to "
+            f"{name} was written by a newer timm_etf (etf format {etf['format']}, this version reads up to "
             f"{FORMAT}): pip install --upgrade timm_etf"
         )
     return etf
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no reason given")

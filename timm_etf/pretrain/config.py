@@ -147,6 +147,9 @@ class PretrainConfig:
                 raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(self, option)}.")
         if not self.lr > 0:
             raise UsageError(f"--lr must be positive, got {self.lr}.")
+        for option in ("mean", "std"):
+            if len(getattr(self, option) or ()) not in (0, 1, self.in_chans):
+                raise UsageError(f"--{option} takes one value for all channels or {self.in_chans}, one for each.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UsageError(f"--warmup-epochs must be less than --epochs ({self.epochs}), got {self.warmup_epochs}.")
         if self.workers < 0:

@@ -171,12 +171,9 @@ def _data_config(config: PretrainConfig, model: nn.Module) -> dict[str, Any]:
     resolved = timm.data.resolve_data_config({k: v for k, v in changes.items() if v is not None}, model=model)
     resolved["input_size"] = (config.in_chans, *resolved["input_size"][1:])
     for option in ("mean", "std"):
-        value = tuple(resolved[option])
-        if len(value) != config.in_chans:
-            if getattr(config, option) is not None:
-                raise UsageError(f"--{option} needs {config.in_chans} values, one for each channel, got {len(value)}.")
-            value = (sum(value) / len(value),) * config.in_chans
-        resolved[option] = value
+        values = resolved[option]
+        if len(values) != config.in_chans:  # an architecture's colour statistics for grey images: their mean
+            resolved[option] = (sum(values) / len(values),) * config.in_chans
     return resolved
 
 
@@ -219,7 +216,8 @@ def _train_epoch(
     step = position.step
     update = position.epoch * loader.steps_per_epoch + step
     for images, targets in loader.epoch(position.epoch, step):
-        scheduler.step_update(update)
+        if scheduler:  # --sched none
+            scheduler.step_update(update)
         images = images.to(accelerator.device, non_blocking=True)
         targets = targets.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():

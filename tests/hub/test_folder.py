@@ -1,0 +1,178 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import timm_etf
+from timm_etf import FixedClassifier, UsageError, fix_classifier, hub
+from timm_etf.classifier import fixed_classifiers
+
+# In this process the plugin cannot be imported: what is left is plain timm, as at a downstream user's.
+WITHOUT_PLUGIN = """
+import sys
+sys.modules["timm_etf"] = None
+import timm, torch
+folder, images, logits = sys.argv[1:]
+net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+with torch.no_grad():
+    torch.save(net(torch.load(images)), logits)
+assert all(p.requires_grad for p in net.get_classifier().parameters()) if not isinstance(net.get_classifier(), tuple) else 1
+fresh = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7)
+assert fresh.eval()(torch.load(images)).shape[-1] == 7
+assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).num_classes == 0
+"""
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "dla46_c", "deit_tiny_distilled_patch16_224", "test_vit"])
+def test_round_trip_with_and_without_the_plugin(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model(name + "_etf", num_classes=10, in_chans=1, frame_seed=2).eval()
+    images = torch.randn(2, 1, *net.pretrained_cfg["input_size"][1:])
+    folder = hub.export(net, tmp_path / "model")
+    with torch.no_grad():
+        expected = net(images)
+        ours = timm_etf.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert torch.equal(ours(images), expected)
+    assert [(n, h.seed, h.frame) for n, h in fixed_classifiers(ours)] == [
+        (n, 2, "simplex") for n, _ in fixed_classifiers(net)
+    ]
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == {n for n, _ in net.named_parameters()}
+    torch.save(images, tmp_path / "images.pt")
+    paths = [folder, tmp_path / "images.pt", tmp_path / "logits.pt"]
+    subprocess.run([sys.executable, "-c", WITHOUT_PLUGIN, *map(str, paths)], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_another_number_of_classes_gives_timms_fresh_classifier(tmp_path: Path) -> None:
+    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model")
+    net = timm_etf.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7)
+    assert isinstance(net.fc, nn.Linear)
+    assert net.fc.weight.shape == (7, 96)
+    assert isinstance(timm_etf.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).fc, nn.Identity)
+    untrained = timm_etf.create_model(f"local-dir:{folder}")
+    assert torch.equal(untrained.fc.weight, timm_etf.frames.simplex(10, 96).float())
+
+
+def test_folder_holds_one_safe_weights_file_and_nothing_of_the_bases_origin(tmp_path: Path) -> None:
+    net = fix_classifier(
+        timm.create_model("resnet10t", num_classes=10, drop_rate=0.1)
+    )  # plain: knows where a tag is from
+    assert net.pretrained_cfg["hf_hub_id"]
+    net.to(memory_format=torch.channels_last)  # strides that safetensors refuses
+    folder = hub.export(net, tmp_path / "model", tag="test", label_names=[f"c{i}" for i in range(10)], recipe={"lr": 1})
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "results.json", "README.md"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "resnet10t"
+    assert config["label_names"][3] == "c3"
+    cfg = config["pretrained_cfg"]
+    assert cfg["tag"] == "test"
+    assert not {"url", "hf_hub_id", "license", "origin_url", "paper_ids", "paper_name", "description"} & set(cfg)
+    etf = config["etf"]
+    assert (etf["frame"], etf["seed"], etf["num_classes"], etf["dims"]) == ("simplex", 0, 10, {"fc": 512})
+    assert etf["recipe"] == {"lr": 1}
+    import hashlib
+
+    assert etf["weights_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert load_file(folder / "model.safetensors").keys() == net.state_dict().keys()
+
+
+def test_plugin_arguments_stay_out_of_what_plain_timm_reads(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet_etf", num_classes=10, frame="simplex", frame_seed=3)
+    config = json.loads((hub.export(net, tmp_path / "model") / "config.json").read_text())
+    assert not {"frame", "frame_seed"} & set(config["model_args"])
+    assert timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).num_classes == 10
+
+
+def test_learned_model_has_no_etf_block(tmp_path: Path) -> None:
+    folder = hub.export(timm.create_model("test_resnet", num_classes=10), tmp_path / "model")
+    assert "etf" not in json.loads((folder / "config.json").read_text())
+    assert isinstance(timm_etf.create_model(f"local-dir:{folder}", pretrained=True).fc, nn.Linear)
+    assert "learned classifier" in (folder / "README.md").read_text()
+
+
+def test_existing_folder_is_kept_unless_told(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet_etf", num_classes=10)
+    folder = hub.export(net, tmp_path / "model")
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UsageError, match="already exists and is not empty: .* overwrite=True"):
+        hub.export(net, folder)
+    assert (folder / "config.json").read_bytes() == before
+    hub.export(net, folder, tag="again", overwrite=True)
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["tag"] == "again"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet_etf", num_classes=10)
+    folder = hub.export(net, tmp_path / "model")
+    with pytest.raises(TypeError):
+        hub.export(net, folder, recipe={"not": object()}, overwrite=True)
+    assert timm_etf.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 10
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(UsageError, match="is not a model made by"):
+        hub.export(nn.Linear(2, 2), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda c: c["etf"].update(format=99), "newer timm_etf .*format 99.*pip install --upgrade timm_etf"),
+        (lambda c: c.clear(), "has no 'architecture'"),
+    ],
+)
+def test_configs_that_cannot_be_read(tmp_path: Path, damage: object, says: str) -> None:
+    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    damage(config)  # type: ignore[operator]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=says):
+        timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_missing_folder_and_a_torn_config(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no readable config\.json"):
+        timm_etf.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    (tmp_path / "config.json").write_text('{"architecture": "resn')
+    with pytest.raises(UsageError, match=r"has no readable config\.json"):
+        timm_etf.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_a_learned_weight_under_the_block_is_not_called_a_frame(tmp_path: Path) -> None:
+    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["fc.weight"] = torch.randn(10, 96)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UsageError, match="promises a fixed simplex classifier, but the weights of 'fc' are not one"):
+        timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_plain_names_pass_through() -> None:
+    assert isinstance(timm_etf.create_model("test_resnet_etf", num_classes=10).fc, FixedClassifier)
+    assert isinstance(timm_etf.create_model("test_resnet", num_classes=10).fc, nn.Linear)
+    with pytest.raises(ValueError, match="hf-hub:org/name"):
+        timm_etf.create_model("org/name")
+
+
+def test_card_shows_what_the_files_hold(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    source = {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.0, "epochs": 3, "seed": 5}
+    target = {"target": "letters", "classes": 24, "count": 480, "accuracy": 97.7, "interval": [96.1, 98.9]}
+    results = {"source": source, "transfer": {"protocol": "Linear probe.", "targets": [target]}}
+    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model", results=results)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "timm"
+    assert card.data.pipeline_tag == "image-classification"
+    assert "transformers" not in card.data.tags
+    assert "| shapes | 37 | 61.25 | 100.00 | 3 | 5 |" in card.text
+    assert "| letters | 24 | 480 | 97.7 | 96.1 to 98.9 |" in card.text
+    assert "simplex ETF of 10 classes" in card.text
+    hub.write_card(folder, repo_id="org/name")
+    assert 'timm_etf.create_model("hf-hub:org/name", pretrained=True)' in (folder / "README.md").read_text()
