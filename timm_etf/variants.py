@@ -59,16 +59,22 @@ def _entry_point(name: str, base: Callable[..., nn.Module]) -> Callable[..., nn.
             pretrained_cfg = get_pretrained_cfg(f"{name}.{pretrained_cfg}")
         elif not pretrained_cfg and default_cfgs[name].is_pretrained:
             pretrained_cfg = default_cfgs[name].default
-        if not pretrained_cfg:
-            # Not a configuration of our own: some builders take another path where they are given one.
+        from_base = not pretrained_cfg
+        if from_base:
+            # An overlay and not a configuration of our own, and one that leaves the tag: some builders look at it.
             overlay = {**NO_PROVENANCE, "architecture": name, **overlay}
+            del overlay["tag"]
         known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg or PretrainedCfg())
         if pretrained and not any({**known, **overlay}.get(k) for k in ("url", "file", "hf_hub_id", "state_dict")):
             raise UsageError(
                 f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
                 f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
             )
-        model = base(pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs)
+        model: Any = base(
+            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs
+        )
+        if from_base:
+            model.pretrained_cfg.pop("tag", None)
         if kwargs.get("features_only") or getattr(model, "num_classes", 0) == 0:
             return model
         weights = model.state_dict() if pretrained else {}

@@ -3,12 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from timm_etf.pretrain.data import EpochSampler, SeededDataset, _EveryNth
+from tests.pretrain.test_errors import config
+from timm_etf.pretrain.data import EpochSampler, SeededDataset, TrainLoader, _EveryNth, open_splits, val_loader
 
 
 @given(
@@ -83,6 +85,18 @@ class _Stream:
 def test_streams_are_shared_out_exactly(world: int) -> None:
     parts = [list(_EveryNth(_Stream(), rank, world)) for rank in range(world)]
     assert sorted(item for part in parts for item in part) == list(range(11))
+
+
+def test_a_loader_entered_at_the_end_of_an_epoch_goes_on_with_the_next(images: Path, tmp_path: Path) -> None:
+    settings = config(images, tmp_path)
+    splits = open_splits(settings)
+    splits.train.transform = splits.val.transform = timm.data.create_transform(32)  # type: ignore[attr-defined]
+    loader = TrainLoader(splits.train, settings, rank=0, world_size=1)
+    assert loader.steps_per_epoch == 7
+    assert [len(list(loader.epoch(0, first))) for first in (5, 7)] == [2, 0]
+    assert len(list(loader.epoch(1))) == 7
+    val = [targets for _, targets in val_loader(splits.val, settings, rank=1, world_size=2)]
+    assert sum(map(len, val)) == 18  # of 37
 
 
 def test_readable_by_datasets_too(images: Path) -> None:

@@ -128,10 +128,13 @@ def test_divergence_is_named(images: Path, tmp_path: Path) -> None:
         pretrain(config(images, tmp_path / "run", model="test_resnet", lr=1e18, epochs=2, sched="none"))
 
 
-@pytest.mark.parametrize("module", [["-m", "timm_etf.pretrain"], ["-m", "timm_etf.cli", "pretrain"]])
-def test_a_command_prints_one_line_and_exits_with_2(images: Path, tmp_path: Path, module: list[str]) -> None:
+SCRIPT = str(Path(sys.executable).with_name("timm-etf"))
+
+
+@pytest.mark.parametrize("verb", [[sys.executable, "-m", "timm_etf.pretrain"], [SCRIPT, "pretrain"]])
+def test_a_command_prints_one_line_and_exits_with_2(images: Path, tmp_path: Path, verb: list[str]) -> None:
     out = subprocess.run(
-        [sys.executable, *module, "--model", "resnet5_etf", "--data-dir", images, "--out", tmp_path / "run"],
+        [*verb, "--model", "resnet5_etf", "--data-dir", images, "--out", tmp_path / "run"],
         capture_output=True,
         text=True,
         check=False,

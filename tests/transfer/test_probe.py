@@ -102,7 +102,7 @@ def test_extract_gives_what_the_classifier_receives(images: Path) -> None:
 
 def test_extract_says_what_is_wrong(images: Path) -> None:
     net = timm.create_model("test_resnet", num_classes=0)
-    with pytest.raises(UsageError, match="No folder .*test"):
+    with pytest.raises(UsageError, match=r"No folder .*test"):
         extract(net, images, "test")
     torch.nn.init.constant_(net.conv1[0].weight, float("nan"))
     with pytest.raises(UsageError, match="are not finite"):

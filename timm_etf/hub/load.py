@@ -69,8 +69,8 @@ def _etf_block(source: str, path: str, cache_dir: str | Path | None) -> dict[str
         )
     except Exception as e:  # huggingface_hub has many: no such repository, no access, no network, not in the cache
         raise UsageError(
-            f"Cannot get config.json of {name} ({type(e).__name__}: {_first_line(e)}). Check the name, your login and the "
-            "network."
+            f"Cannot get config.json of {name} ({type(e).__name__}: {_first_line(e)}). Check the name, your login "
+            "and the network."
         ) from e
     try:
         config = json.loads(Path(config_path).read_text(encoding="utf-8"))

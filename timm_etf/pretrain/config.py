@@ -28,7 +28,7 @@ class PretrainConfig:
     dataset: str = "folder"
     """timm data set name: folder, hfds/NAME, hfids/NAME, wds/NAME, torch/NAME ..."""
     train_split: str = "train"
-    """Split to train on."""
+    """Split to train on; a stream of unknown length takes its number of images after a bar: train|1281167."""
     val_split: str = "validation"
     """Split to validate on after every epoch."""
     num_classes: int | None = None

@@ -74,6 +74,10 @@ def open_splits(config: PretrainConfig) -> Splits:
 
 def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: Any = None) -> Any:
     name = "" if config.dataset == "folder" else config.dataset
+    num_samples = None
+    if name.startswith("hfids/") and "|" in split:  # timm's wds reader takes the length of a stream like this by itself
+        split, _, number = split.partition("|")
+        num_samples = int(number) if number.isdecimal() else None
     root = str(config.data_dir) if config.data_dir else None
     if not name and not Path(root or "").exists():
         raise UsageError(f"No data at {root}: give the folder that holds {config.train_split!r} with --data-dir.")
@@ -86,6 +90,7 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
             class_map=class_map,
             batch_size=config.batch_size,
             seed=config.seed,
+            num_samples=num_samples,
             input_img_mode="L" if config.in_chans == 1 else "RGB",
         )
     except Exception as e:  # every reader has its own kinds of errors, from a missing module to a wrong split name
@@ -107,10 +112,9 @@ def check_images(*datasets: Any) -> None:
     Raises:
         UsageError: Naming the unreadable images.
     """
-    checks = [
-        (d.reader, i) for d in datasets if hasattr(d, "reader") and hasattr(d, "__getitem__") for i in range(len(d))
-    ]
-    checks = checks[:: -(-len(checks) // CHECKED_IMAGES)] if checks else checks
+    readers = [d.reader for d in datasets if hasattr(d, "reader") and not isinstance(d, IterableDataset)]
+    checks = [(reader, i) for reader in readers for i in range(len(reader))]
+    checks = checks[:: max(1, -(-len(checks) // CHECKED_IMAGES))]
     bar = partial(tqdm, total=len(checks), desc="checking images", unit="img", leave=False, disable=None)
     with ThreadPoolExecutor() as pool:
         bad = [problem for problem in bar(pool.map(_unreadable, checks)) if problem]
@@ -223,7 +227,7 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Any]:
         """Batches (images, targets) of the given epoch, from `first_step` on."""
-        if self.sampler:
+        if self.sampler is not None:
             self.sampler.start_at(epoch, first_step)
             return iter(self.loader)
         # A stream cannot be entered in the middle: what was seen before is read again and dropped.

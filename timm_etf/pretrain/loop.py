@@ -117,7 +117,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     if not metrics:  # resumed after the last epoch
         metrics = validate(accelerator, model, val_loader)
-    accelerator.end_training()
     results = {"source": {"data": config.dataset if config.data_dir is None else config.data_dir.name, **metrics}}
     results["source"]["epochs"], results["source"]["seed"] = config.epochs, config.seed
     if accelerator.is_main_process:
@@ -132,6 +131,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             overwrite=True,
         )
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # last: it closes the connection between the processes
     return results
 
 
