@@ -196,7 +196,7 @@ def test_both_heads_start_from_the_same_backbone(images: Path, tmp_path: Path) -
     ours, theirs = weights(tmp_path / "fixed"), weights(tmp_path / "free")
     assert ours.keys() == theirs.keys()
     differ = {k for k in ours if not torch.allclose(ours[k], theirs[k], atol=1e-20, rtol=0)}
-    assert differ == {"fc.weight"}
+    assert differ == {"fc.weight", "fc.bias"}
 
 
 @pytest.mark.parametrize("kind", ["hfds-folder", "hfds-parquet", "hfids-parquet", "wds"])
@@ -210,7 +210,7 @@ def test_timms_other_readers(images: Path, tmp_path: Path, kind: str) -> None:
     else:
         changes["dataset"] = f"{kind.partition('-')[0]}/{_parquet(images, tmp_path / 'parquet')}"
         if kind.startswith("hfids"):  # a stream that does not know its length
-            changes |= {"train_split": "train|122", "val_split": "validation|37"}
+            changes |= {"train_split": "train|122", "val_split": "validation|37", "num_classes": 5}
     results = pretrain(config(images, tmp_path / "run", **changes))
     assert results["source"]["count"] == 37
 
