@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,10 +40,19 @@ def one_line_errors() -> Iterator[None]:
         _exit(str(e), e.exit_status)
     except KeyboardInterrupt:
         _exit("Stopped.", 130)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+    except Exception as e:
+        if not _is_failed_write(e):
             raise
-        _exit(f"error: {e.strerror}: {e.filename or 'the output folder'}. Free or choose another place for --out.", 2)
+        reason = str(e).strip().splitlines()[0]
+        _exit(f"error: Cannot write ({reason}). What was saved before is whole: make room and use --resume.", 2)
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """Whether the disk is full or refuses to be written to; safetensors and torch have errors of their own for that."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+    written_by_libraries = r"os error (27|28|122)\)|PytorchStreamWriter failed|enforce fail at inline_container"
+    return re.search(written_by_libraries, str(error)) is not None
 
 
 def _exit(message: str, status: int) -> None:

@@ -79,7 +79,7 @@ def test_interrupted_and_resumed_is_the_straight_run(
 ) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(command(images, out), stderr=subprocess.PIPE, text=True)
-    _wait_for_line(out, process)
+    _wait_for_checkpoint(out, process)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
@@ -97,7 +97,7 @@ def test_interrupted_and_resumed_is_the_straight_run(
 def test_killed_leaves_nothing_half_written_and_resumes(images: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(command(images, out), stderr=subprocess.DEVNULL)
-    _wait_for_line(out, process)
+    _wait_for_checkpoint(out, process)
     process.kill()
     process.wait()
     json.loads((out / "run.json").read_text())
@@ -114,10 +114,31 @@ def test_killed_leaves_nothing_half_written_and_resumes(images: Path, straight: 
     assert not list(out.rglob(".unfinished*"))
 
 
-def _wait_for_line(out: Path, process: subprocess.Popen[Any]) -> None:
+def test_a_write_that_fails_is_one_line_and_loses_nothing(images: Path, tmp_path: Path) -> None:
+    import resource
+
+    # Room for the log and the weights of the first checkpoint, not for its optimizer state: as on a full disk.
+    out = tmp_path / "run"
+    size = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=5).parameters()) * 4
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.5 * size), int(1.5 * size)))
+
+    done = subprocess.run(
+        command(images, out), capture_output=True, text=True, check=False, timeout=120, preexec_fn=limit
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: Cannot write (")
+    assert "Traceback" not in done.stderr
+    assert not [p for p in (out / "checkpoints").iterdir() if p.name.startswith("epoch-")]
+    subprocess.run(command(images, out, "--resume"), check=True, capture_output=True, timeout=120)
+    assert [r["epoch"] for r in lines(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def _wait_for_checkpoint(out: Path, process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + 90
-    while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
-        assert process.poll() is None, "the run ended before it logged anything"
+    while not list((out / "checkpoints").glob("epoch-*")):
+        assert process.poll() is None, "the run ended before its first checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -157,7 +178,7 @@ def test_two_processes_are_interrupted_and_resumed_exactly(images: Path, tmp_pat
     straight, out = tmp_path / "straight", tmp_path / "run"
     subprocess.run([*launch, *command(images, straight)[1:]], check=True, capture_output=True, env=env, timeout=120)
     process = subprocess.Popen([*launch, *command(images, out)[1:]], stderr=subprocess.DEVNULL, env=env)
-    _wait_for_line(out, process)
+    _wait_for_checkpoint(out, process)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
     process.wait(timeout=60)
     assert not (out / "export").exists()

@@ -103,14 +103,14 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             steps = position.step - first_step
             metrics["images_per_second"] = steps * config.batch_size * accelerator.num_processes / seconds
             position = Position(epoch + 1)
-            checkpoint.save(accelerator, config.out, position)
-            if log:
+            if log:  # before the checkpoint: a resume drops lines that are ahead of it, but could not make up for one
                 bar.write(
                     f"{bar.desc}  loss {metrics['train_loss']:.3f}  top-1 {metrics['top1']:.1f} %  "
                     f"{metrics['images_per_second']:.0f} img/s"
                 )
                 log.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **metrics})
             accelerator.log(metrics, step=epoch + 1)
+            checkpoint.save(accelerator, config.out, position)
     if stop.requested():
         saved = checkpoint.save(accelerator, config.out, position)
         raise Interrupted(stop.signum, f"Stopped; {saved} is saved. The same command with --resume continues from it.")
@@ -132,6 +132,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         )
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it closes the connection between the processes
+    if stop.signum:
+        raise Interrupted(stop.signum, f"Stopped, after the run in {config.out} was complete.")
     return results
 
 
