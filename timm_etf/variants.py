@@ -31,7 +31,7 @@ __all__: list[str] = []  # register_model appends the variants; they are entry p
 
 
 def base_name(name: str) -> str:
-    """Timm's own architecture name of a variant: `"resnet50_etf"` gives `"resnet50"`, any other name itself."""
+    """timm's own architecture name of a variant: `"resnet50_etf"` gives `"resnet50"`, any other name itself."""
     return name.removesuffix(SUFFIX)
 
 

@@ -85,7 +85,7 @@ def _config(
     label_names: list[str] | None,
     etf: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Timm's own config.json, with the plain architecture and without anything only this package understands."""
+    """timm's own config.json, with the plain architecture and without anything only this package understands."""
     own = {**NO_PROVENANCE, "architecture": base_name(model.pretrained_cfg["architecture"]), "tag": tag}
     save_config_for_hf(
         model,

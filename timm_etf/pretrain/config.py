@@ -94,7 +94,7 @@ class PretrainConfig:
 
     @property
     def architecture(self) -> str:
-        """Timm name of the model, after `--head` has had its say.
+        """timm name of the model, after `--head` has had its say.
 
         Raises:
             UsageError: If timm does not know the name, or `--head` contradicts it.

@@ -266,7 +266,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    """Timm's training and validation transforms.
+    """timm's training and validation transforms.
 
     Args:
         config: Augmentation settings.

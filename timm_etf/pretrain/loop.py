@@ -167,7 +167,7 @@ def _img_size(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _data_config(config: PretrainConfig, model: nn.Module) -> dict[str, Any]:
-    """Timm's preprocessing of this model with the run's changes; it is exported with the weights."""
+    """timm's preprocessing of this model with the run's changes; it is exported with the weights."""
     size = {"input_size": (config.in_chans, config.img_size, config.img_size)} if config.img_size else {}
     changes = {"mean": config.mean, "std": config.std, "crop_pct": config.crop_pct, **size}
     resolved = timm.data.resolve_data_config({k: v for k, v in changes.items() if v is not None}, model=model)
