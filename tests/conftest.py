@@ -10,6 +10,8 @@ from PIL import Image
 # Before any library reads them: a test that would reach for the network fails instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Workers and the processes they start share few cores, and torch's threads wait for each other by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NUM_CLASSES = 5
 
