@@ -125,6 +125,11 @@ def test_a_failed_export_leaves_the_old_one(tmp_path: Path) -> None:
     [
         (lambda c: c["etf"].update(format=99), "newer timm_etf .*format 99.*pip install --upgrade timm_etf"),
         (lambda c: c.clear(), "has no 'architecture'"),
+        (lambda c: c["etf"].pop("frame"), "is damaged .see 'frame'"),
+        (lambda c: c["etf"].update(frame="sphere"), "is damaged .see 'frame'"),
+        (lambda c: c["etf"].update(num_classes="10"), "is damaged .see 'num_classes'"),
+        (lambda c: c["etf"].update(seed="a"), "is damaged .see 'seed'"),
+        (lambda c: c.update(etf=[]), "is damaged"),
     ],
 )
 def test_configs_that_cannot_be_read(tmp_path: Path, damage: object, says: str) -> None:

@@ -29,6 +29,11 @@ def config(images: Path, out: Path, **changes: Any) -> PretrainConfig:
     ("changes", "says"),
     [
         ({"model": "resnet5_etf"}, "Unknown model 'resnet5_etf': did you mean resnet50_etf"),
+        (
+            {"model": "test_resnet_etf.r160_in1k"},
+            "--model takes a timm architecture, .* leave out the source and the tag",
+        ),
+        ({"model": "hf-hub:org/name"}, "--model takes a timm architecture, .* leave out the source and the tag"),
         ({"model": "zzz"}, r"Unknown model 'zzz': timm\.list_models"),
         ({"model": "gemma4_vit_167m_enc", "head": "etf"}, "has no _etf variant: an encoder"),
         ({"head": "learned"}, "--head learned contradicts --model test_resnet_etf: use --model test_resnet"),

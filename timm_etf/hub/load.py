@@ -79,14 +79,25 @@ def _etf_block(source: str, path: str, cache_dir: str | Path | None) -> dict[str
     if not isinstance(config, dict) or "architecture" not in config:
         raise UsageError(f"The config.json of {name} has no 'architecture': it is not one of timm's.")
     etf = config.get("etf")
-    if etf is None:
-        return None
-    if etf.get("format", 0) > FORMAT:
+    if etf is not None:
+        _check_block(etf, name)
+    return etf
+
+
+def _check_block(etf: Any, name: str) -> None:
+    """Refuse an `etf` block that another version wrote or that was damaged."""
+    if isinstance(etf, dict) and isinstance(etf.get("format"), int) and etf["format"] > FORMAT:
         raise UsageError(
             f"{name} was written by a newer timm_etf (etf format {etf['format']}, this version reads up to "
             f"{FORMAT}): pip install --upgrade timm_etf"
         )
-    return etf
+    types = {"format": int, "frame": str, "seed": int | None, "num_classes": int}
+    wrong = [k for k, t in types.items() if not isinstance(etf, dict) or k not in etf or not isinstance(etf[k], t)]
+    if wrong or etf["frame"] not in frames.FRAMES:
+        raise UsageError(
+            f"The etf block in the config.json of {name} is damaged (see {(wrong or ['frame'])[0]!r}): download or "
+            "export the model again, or use timm.create_model to load it without its fixed classifier."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -111,6 +111,11 @@ class PretrainConfig:
             raise UsageError(f"--head learned contradicts --model {name}: use --model {base_name(name)}.")
         if base_name(name) in skipped and name.endswith(SUFFIX):
             raise UsageError(f"{base_name(name)} has no {SUFFIX} variant: {skipped[base_name(name)]}.")
+        if ":" in name or "." in name:
+            raise UsageError(
+                f"--model takes a timm architecture, got {name!r}: pretraining starts from random weights, so leave "
+                "out the source and the tag."
+            )
         if not timm.is_model(name):
             close = difflib.get_close_matches(name, timm.list_models(), n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists the names."
