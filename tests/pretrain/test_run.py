@@ -73,14 +73,16 @@ def test_the_reported_accuracy_is_that_of_the_exported_model_in_plain_timm(strai
     assert _validate_by_hand(straight, images) == pytest.approx(lines(straight)[-1]["top1"])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])
 def test_interrupted_and_resumed_is_the_straight_run(
-    images: Path, straight: Path, tmp_path: Path, signum: signal.Signals
+    images: Path, straight: Path, tmp_path: Path, signum: signal.Signals, workers: str
 ) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(command(images, out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(images, out, "--workers", workers), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     _wait_for_checkpoint(out, process)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # the loader's processes receive it too, as they do from a terminal
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert "The same command with --resume continues from it." in stderr
