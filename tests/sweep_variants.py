@@ -1,13 +1,15 @@
-"""Build every `_etf` variant beside its base on the meta device and compare them.
+"""Build, run forward and differentiate every variant, at 10, 100, 1,000 and 21,843 classes.
 
-    python tests/sweep_variants.py            # all names: about ten minutes
+    python tests/sweep_variants.py            # all names: about an hour, on the meta device (shapes without numbers)
     python tests/sweep_variants.py 'resnet*'  # some
 
-Prints one line per failure, then the table: names, variants, variants without a trainable head parameter and with the
-base's exact state-dict keys and shapes, and every name left out with its reason.
+Prints one line per failure, then the table: how many variants have the base's exact state-dict keys and shapes, all
+classifiers fixed and no trainable head parameter, run forward to [2, K] and backward to every parameter; by frame; and
+every name left out with its reason.
 """
 
 import sys
+from collections import Counter
 
 import timm
 import torch
@@ -15,46 +17,64 @@ from tqdm import tqdm
 
 import timm_etf  # noqa: F401 - registers the variants
 from timm_etf.classifier import classifier_names, fixed_classifiers
-from timm_etf.variants import SUFFIX, base_name, skipped
+from timm_etf.variants import SUFFIX, SW_SUFFIX, base_name, skipped
 
-NUM_CLASSES = 10
+NUM_CLASSES = (10, 100, 1000, 21843)
 
 
-def check(name: str) -> str | None:
-    """What is wrong with one variant, or None."""
+def check(name: str, num_classes: int = 10) -> tuple[str, str | None]:
+    """Frames of one variant, and what is wrong with it or None; at 10 classes it is compared with its base."""
     with torch.device("meta"):
-        base = timm.create_model(base_name(name), num_classes=NUM_CLASSES)
-        variant = timm.create_model(name, num_classes=NUM_CLASSES)
-    heads = classifier_names(variant)
-    shapes = {k: (v.shape, v.dtype) for k, v in base.state_dict().items()}
-    if {k: (v.shape, v.dtype) for k, v in variant.state_dict().items()} != shapes:
-        return "state dict differs from the base's"
-    if {n for n, _ in fixed_classifiers(variant)} != set(heads):
-        return "not every classifier is fixed"
-    trainable = {n for n, p in variant.named_parameters() if p.requires_grad}
-    expected = {n for n, p in base.named_parameters() if n.rpartition(".")[0] not in heads}
-    return None if trainable == expected else "trainable parameters are not the base's without its classifier"
+        variant = timm.create_model(name, num_classes=num_classes)
+        kinds = "+".join(sorted({head.frame for _, head in fixed_classifiers(variant)}))
+        heads = classifier_names(variant)
+        if {n for n, _ in fixed_classifiers(variant)} != set(heads):
+            return kinds, "not every classifier is fixed"
+        images = torch.zeros(2, *variant.pretrained_cfg["input_size"])
+        logits = variant.train()(images)
+        for one in logits if isinstance(logits, tuple) else (logits,):  # distilled pairs give both while training
+            if one.shape != (2, num_classes):
+                return kinds, f"logits of shape {list(one.shape)}"
+        sum(one.sum() for one in (logits if isinstance(logits, tuple) else (logits,))).backward()
+        if num_classes != 10:
+            return kinds, None
+        base = timm.create_model(base_name(name), num_classes=num_classes)
+        logits = base.train()(images)
+        sum(one.sum() for one in (logits if isinstance(logits, tuple) else (logits,))).backward()
+    if {k: v.shape for k, v in variant.state_dict().items()} != {k: v.shape for k, v in base.state_dict().items()}:
+        return kinds, "state dict differs from the base's"
+    parameters = {n: p for n, p in base.named_parameters() if n.rpartition(".")[0] not in heads}
+    if {n for n, p in variant.named_parameters() if p.requires_grad} != set(parameters):
+        return kinds, "trainable parameters are not the base's without its classifier"
+    reached = {n for n, p in variant.named_parameters() if p.grad is not None}
+    expected = {n for n, p in parameters.items() if p.grad is not None}
+    return kinds, None if reached == expected else "the gradient does not reach what it reaches in the base"
 
 
 def main(pattern: str = "*") -> int:
     """Check all variants that match; returns the number of failures."""
-    bases = [n for n in timm.list_models(pattern) if not n.endswith(SUFFIX)]
-    names = [n for n in timm.list_models(pattern + SUFFIX)]
-    failures = {}
-    for name in tqdm(names, unit="model"):
-        try:
-            problem = check(name)
-        except Exception as e:  # any error is a finding of the sweep
-            problem = f"{type(e).__name__}: {e}"
-        if problem:
-            failures[name] = problem
-            print(f"{name}: {problem}")
-    print(f"| timm names | with an {SUFFIX} variant | built, head fixed, base's keys | left out |\n|---|---|---|---|")
-    left_out = {n: reason for n, reason in skipped.items() if n in bases}
-    print(f"| {len(bases)} | {len(names)} | {len(names) - len(failures)} | {len(left_out)} |")
-    for base, reason in left_out.items():
-        print(f"- {base}: {reason}")
-    return len(failures)
+    names = [n for n in timm.list_models(pattern + SUFFIX) if not n.endswith(SW_SUFFIX + SUFFIX)]
+    bases = [n for n in timm.list_models(pattern) if not n.endswith((SUFFIX, SW_SUFFIX))]
+    counts = {k: Counter[str]() for k in NUM_CLASSES}
+    failures = 0
+    for name in tqdm(names, unit="model", mininterval=10):
+        for num_classes in NUM_CLASSES:
+            try:
+                kinds, problem = check(name, num_classes)
+            except Exception as e:  # any error is a finding of the sweep
+                kinds, problem = "failed", f"{type(e).__name__}: {e}"
+            if problem:
+                failures += 1
+                print(f"{name} with {num_classes} classes: {problem}", flush=True)
+            counts[num_classes]["failed" if problem else kinds] += 1
+    kinds = sorted({kind for count in counts.values() for kind in count})
+    print(f"| {len(bases)} timm names, {len(names)} variants | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
+    for num_classes, count in counts.items():
+        print(f"| K = {num_classes} | {' | '.join(str(count[kind]) for kind in kinds)} |")
+    for base, reason in skipped.items():
+        if base in bases:
+            print(f"- {base}: {reason}")
+    return failures
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from timm_etf import variants as variants
 from timm_etf.classifier import FixedClassifier, fix_classifier, free_classifier
 from timm_etf.errors import UsageError
 from timm_etf.hub.load import create_model
+from timm_etf.models import coverage
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["FixedClassifier", "UsageError", "create_model", "fix_classifier", "frames", "free_classifier"]
+__all__ = ["FixedClassifier", "UsageError", "coverage", "create_model", "fix_classifier", "frames", "free_classifier"]

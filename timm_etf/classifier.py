@@ -1,8 +1,8 @@
 """`FixedClassifier`: a linear classifier that never trains, and the functions that put one into a timm model."""
 
 import logging
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,29 +11,90 @@ from torch import Tensor, nn
 from timm_etf import frames
 from timm_etf.errors import UsageError
 
-__all__ = ["FixedClassifier", "classifier_names", "fix_classifier", "fixed_classifiers", "free_classifier"]
+__all__ = [
+    "FixedClassifier",
+    "LearnedClassifier",
+    "classifier_names",
+    "fix_classifier",
+    "fixed_classifiers",
+    "free_classifier",
+    "heads",
+]
+
+Projector = Literal["linear", "mlp"]
+
+_PROJECTED = 2048
+"""Width of a projector's hidden layer, and the most it widens its output so that a simplex fits."""
 
 _logger = logging.getLogger(__name__)
 
 
-class FixedClassifier(nn.Module):
-    """Linear classifier whose weight is a frame: K unit class directions that are never updated.
+class _Head(nn.Module):
+    """What the two classifiers share: projector, feature normalisation and the product with the weight.
+
+    The projector's parameters are the only ones beside the plain layer's own `weight` and `bias`; it lies inside the
+    classifier, so that `forward_head(pre_logits=True)` of the model still gives the backbone's features.
+    """
+
+    is_conv: Final[bool]
+    feature_norm: Final[bool]
+    weight: Tensor
+    bias: Tensor | None
+    __jit_unused_properties__ = ("scale",)
+
+    def __init__(self, weight: Tensor, in_features: int, feature_norm: bool, projector: Projector | None) -> None:
+        super().__init__()
+        if weight.dim() not in (2, 4) or tuple(weight.shape[2:]) not in ((), (1, 1)):
+            raise UsageError(f"A classifier takes weight [K, d] or [K, d, 1, 1], got {list(weight.shape)}.")
+        self.in_features, self.out_features = in_features, weight.shape[0]
+        self.is_conv = weight.dim() == 4
+        self.feature_norm = feature_norm
+        self.projector_kind = projector
+        self.projector = None if projector is None else _projector(projector, in_features, weight)
+
+    def _features(self, x: Tensor) -> Tensor:
+        if self.projector is not None:
+            x = self.projector(x)
+        # In float32 at least: the squares of a wide half-precision feature overflow.
+        return F.normalize(x.float(), dim=1 if self.is_conv else -1).to(x.dtype) if self.feature_norm else x
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias) if self.is_conv else F.linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows between the brackets."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+            f"{', kernel_size=(1, 1)' if self.is_conv else ''}{', feature_norm=True' if self.feature_norm else ''}"
+        )
+
+
+class FixedClassifier(_Head):
+    r"""Linear classifier whose weight is a frame: K class directions that are never updated.
+
+    .. math:: \mathrm{logits}(x) = s W f(x), \qquad f(x) = \mathrm{projector}(x), \text{ or that divided by its norm}
 
     It stands where a timm model had its `nn.Linear` (or 1x1 `nn.Conv2d`) and keeps that layer's state-dict keys:
-    `weight` and, where the plain layer had one, a zero `bias`. Both are buffers, so there is nothing to optimise, decay
-    or synchronise, and a checkpoint of this model loads in plain timm and gives the same logits.
+    `weight`, which is s W, and, where the plain layer had one, a zero `bias`. Both are buffers, so there is nothing to
+    optimise, decay or synchronise, and without feature normalisation and projector a checkpoint of this model loads in
+    plain timm and gives the same logits.
 
     A state dict whose weight is not a frame of this kind is refused on load: a learned classifier would otherwise
     silently replace the frame.
 
     Args:
-        weight: Frame of shape [K, d], or [K, d, 1, 1] for a convolutional classifier.
+        weight: Frame times logit scale, of shape [K, d], or [K, d, 1, 1] for a convolutional classifier.
         bias: Whether the plain layer had a bias; then a zero `bias` of shape [K] is kept.
         frame: Name of the frame, for the record.
         seed: Seed that the frame was drawn with, for the record; None where it is not known.
+        feature_norm: Divide the features by their norm, so that the logits are s times cosines.
+        learn_scale: Multiply the logits by a learned factor as well, the parameter `logit_scale`, which starts at 1.
+        projector: `"linear"` or `"mlp"` (Linear 2048, BatchNorm, GELU, Linear): trained with the backbone and
+            discarded at export.
+        in_features: Width of the features; needed with a projector alone, whose output has the weight's width.
 
     Shape:
-        - Input: [*, d] for a matrix weight, [B, d, H, W] for a convolutional one.
+        - Input: [*, d] for a matrix weight ([B, d] with an MLP projector), [B, d, H, W] for a convolutional one.
         - Output: [*, K], or [B, K, H, W].
 
     Example:
@@ -42,35 +103,48 @@ class FixedClassifier(nn.Module):
         (torch.Size([2, 10]), 0)
     """
 
-    is_conv: Final[bool]
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, *, bias: bool = False, frame: str = "simplex", seed: int | None = None) -> None:
-        super().__init__()
-        if weight.dim() not in (2, 4) or tuple(weight.shape[2:]) not in ((), (1, 1)):
-            raise UsageError(f"A fixed classifier takes weight [K, d] or [K, d, 1, 1], got {list(weight.shape)}.")
-        self.out_features, self.in_features = weight.shape[0], weight.shape[1]
-        self.is_conv = weight.dim() == 4
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        bias: bool = False,
+        frame: str = "simplex",
+        seed: int | None = None,
+        feature_norm: bool = False,
+        learn_scale: bool = False,
+        projector: Projector | None = None,
+        in_features: int | None = None,
+    ) -> None:
+        super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
         self.frame = frame
         self.seed = seed
         # Contiguous, because safetensors refuses anything else.
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", weight.new_zeros(weight.shape[0]) if bias else None)
+        self.logit_scale = nn.Parameter(weight.new_ones(())) if learn_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the features `x`: see the class for shapes."""
-        if self.is_conv:
-            return F.conv2d(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        x = self._features(x)
+        if self.logit_scale is not None:
+            x = x * self.logit_scale
+        return self._product(x, self.weight)
+
+    @property
+    def scale(self) -> float:
+        """Logit scale s: the norm of the weight's rows (six digits), times the learned factor where there is one."""
+        learned = 1.0 if self.logit_scale is None else self.logit_scale.item()
+        return float(f"{self.weight.flatten(1).double().norm(dim=1).mean().item() * learned:.6g}")
+
+    @torch.no_grad()
+    def plain_weight(self) -> Tensor:
+        """The weight with which a plain layer gives these logits (with feature normalisation: logits in this ratio)."""
+        return self.weight if self.logit_scale is None else self.weight * self.logit_scale
 
     def extra_repr(self) -> str:
         """What `print(model)` shows between the brackets."""
-        kind = ", kernel_size=(1, 1)" if self.is_conv else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"frame={self.frame!r}, seed={self.seed}{kind}"
-        )
+        scale = "" if self.weight.is_meta else f", scale={self.scale:.3g}"
+        return f"{super().extra_repr()}, frame={self.frame!r}, seed={self.seed}{'' if scale == ', scale=1' else scale}"
 
     def _load_from_state_dict(
         self,
@@ -83,19 +157,91 @@ class FixedClassifier(nn.Module):
         error_msgs: list[str],
     ) -> None:
         weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
-        if weight is not None and weight.shape == self.weight.shape and not weight.is_meta:
-            if not frames.is_simplex(weight.flatten(1)) or (bias is not None and bias.any()):
+        if weight is not None and weight.shape == self.weight.shape and not (weight.is_meta or self.weight.is_meta):
+            if not self.accepts(weight, bias):
                 error_msgs.append(
                     f"{prefix}weight is no {self.frame} frame, so it cannot be this model's fixed classifier. For the "
                     "backbone of an ordinary checkpoint: load it into the plain architecture, then call "
                     "timm_etf.fix_classifier(model)."
                 )
                 return
-            if not torch.allclose(weight.float(), self.weight.to(weight.device).float(), atol=1e-3):
+            if not torch.allclose(weight.float(), self.weight.to(weight.device).float(), rtol=1e-2, atol=1e-3):
                 self.seed = None  # the same kind of frame under another rotation: taken, but no longer this seed's
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def accepts(self, weight: Tensor, bias: Tensor | None = None) -> bool:
+        """Whether a stored weight (and bias) can be this classifier's: its kind of frame, at any rotation and scale."""
+        if bias is not None and bias.any():
+            return False
+        return frames.matches(weight.flatten(1), self.frame, frames.coherence(self.weight[:1000].flatten(1)))
+
+
+class LearnedClassifier(_Head):
+    r"""The control beside `FixedClassifier`: a trained weight with the same scale, normalisation and projector.
+
+    .. math:: \mathrm{logits}(x) = s W f(x) + b, \qquad \text{or } s \hat W \hat f(x) \text{ with feature normalisation}
+
+    Args:
+        weight: Initial weight of shape [K, d] or [K, d, 1, 1].
+        bias: Initial bias [K], or None; feature normalisation leaves it out.
+        scale: Logit scale s.
+        feature_norm: Divide the features and the rows of the weight by their norms (a cosine classifier).
+        projector: As for `FixedClassifier`.
+        in_features: As for `FixedClassifier`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        scale: float = 1.0,
+        feature_norm: bool = False,
+        projector: Projector | None = None,
+        in_features: int | None = None,
+    ) -> None:
+        super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
+        self.scale = scale
+        self.weight = nn.Parameter(weight.detach().clone())
+        if bias is None or feature_norm:  # cosines have none, but the plain layer's key stays
+            self.register_buffer("bias", None if bias is None else torch.zeros_like(bias))
+        else:
+            self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the features `x`."""
+        weight = F.normalize(self.weight, dim=1) if self.feature_norm else self.weight
+        return self._product(self._features(x) * self.scale, weight)
+
+    @torch.no_grad()
+    def plain_weight(self) -> Tensor:
+        """The weight with which a plain layer gives these logits (with feature normalisation: logits in this ratio)."""
+        return self.scale * (F.normalize(self.weight, dim=1) if self.feature_norm else self.weight)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows between the brackets."""
+        return f"{super().extra_repr()}, scale={self.scale:.4g}"
+
+
+def _projector(kind: Projector, in_features: int, weight: Tensor) -> nn.Module:
+    """Projector from the features to the weight's width: the MLP is t-ReX's, with one hidden layer."""
+    conv, width = weight.dim() == 4, weight.shape[1]
+    to = {"device": weight.device, "dtype": weight.dtype}
+
+    def layer(n: int, m: int) -> nn.Module:
+        return nn.Conv2d(n, m, 1, bias=False, **to) if conv else nn.Linear(n, m, bias=False, **to)  # type: ignore[arg-type]
+
+    if kind == "linear":
+        return layer(in_features, width)
+    norm = nn.BatchNorm2d if conv else nn.BatchNorm1d
+    return nn.Sequential(
+        layer(in_features, _PROJECTED),
+        norm(_PROJECTED, **to),  # type: ignore[arg-type]
+        nn.GELU(),
+        layer(_PROJECTED, width),
+    )
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -119,7 +265,16 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def fix_classifier(model: nn.Module, frame: str = "auto", seed: int = 0) -> nn.Module:
+def fix_classifier(
+    model: nn.Module,
+    frame: str | Tensor = "auto",
+    seed: int = 0,
+    *,
+    logit_scale: float = 1.0,
+    feature_norm: bool = False,
+    learn_scale: bool = False,
+    projector: Projector | None = None,
+) -> nn.Module:
     """Replace a timm model's classifier by a frozen frame of the same shape, device and dtype.
 
     Several heads all receive the frame of this seed: heads of one width share it, so that averaging their logits (as
@@ -127,33 +282,94 @@ def fix_classifier(model: nn.Module, frame: str = "auto", seed: int = 0) -> nn.M
 
     Args:
         model: A model made by `timm.create_model` with `num_classes` >= 2; changed in place.
-        frame: `"auto"`, or a name in `timm_etf.frames.FRAMES`.
+        frame: `"auto"`, a name in `timm_etf.frames.FRAMES`, or `"learned"` for the control: a trained classifier with
+            the same scale, normalisation and projector (with none of these the model is left as it is). Or a simplex
+            ETF of your own, [K, d], such as `timm_etf.frames.nearest_simplex(class_means)`.
         seed: Seed of the frame's random rotation.
+        logit_scale: Factor s > 0 of the logits, folded into the weight.
+        feature_norm: Divide the features by their norm, so that the logits are s times cosines. This cannot be folded:
+            plain timm then ranks the classes alike, with other confidences.
+        learn_scale: Learn a further factor of the logits, from 1 on.
+        projector: `"linear"` or `"mlp"`, between the features and the frame. It widens the features to K-1 (up to
+            2,048), so that a simplex fits, and is left out of exports.
 
     Returns:
         The same model.
 
     Raises:
         UsageError: If the model has no classifier, or one that is neither `nn.Linear` nor a 1x1 `nn.Conv2d`, or if the
-            frame cannot hold its classes. The model is then unchanged.
+            frame cannot hold its classes, or an option is not one of those above. The model is then unchanged.
 
     Example:
         >>> import timm
-        >>> model = fix_classifier(timm.create_model("test_resnet", num_classes=10))
-        >>> [name for name, p in model.named_parameters() if name.startswith("fc")]
-        []
+        >>> model = fix_classifier(timm.create_model("test_resnet", num_classes=10), logit_scale=16.0)
+        >>> model.fc
+        FixedClassifier(in_features=96, out_features=10, bias=True, frame='simplex', seed=0, scale=16)
     """
-    heads = {}
-    for name, head in _heads(model):
-        num_classes, dim = head.weight.shape[:2]
-        chosen = frames.resolve(frame, num_classes, dim)
-        w_KD = frames.make(chosen, num_classes, dim, seed=seed)
-        weight = w_KD.to(device=head.weight.device, dtype=head.weight.dtype).reshape(head.weight.shape)
-        heads[name] = FixedClassifier(weight, bias=head.bias is not None, frame=chosen, seed=seed)
-    for name, fixed in heads.items():
-        model.set_submodule(name, fixed)
-        _logger.info(f"Fixed classifier {name}: {fixed.extra_repr()}")
+    if not logit_scale > 0:
+        raise UsageError(f"logit_scale must be positive, got {logit_scale}.")
+    if projector not in (None, "linear", "mlp"):
+        raise UsageError(f"Unknown projector {projector!r}: use None, 'linear' or 'mlp'.")
+    learned = isinstance(frame, str) and frame == "learned"
+    if learned and learn_scale:
+        raise UsageError("A learned classifier learns its scale by itself: leave out learn_scale.")
+    replaced: dict[str, FixedClassifier | LearnedClassifier] = {}
+    for name, head in _plain_heads(model):
+        num_classes = head.weight.shape[0]
+        dim = head.in_features if isinstance(head, _Head) else head.weight.shape[1]
+        width = dim if projector is None else max(dim, min(num_classes - 1, _PROJECTED))
+        shared: dict[str, Any] = {"feature_norm": feature_norm, "projector": projector, "in_features": dim}
+        shape = (num_classes, width, *head.weight.shape[2:])
+        if learned:
+            if feature_norm or projector or logit_scale != 1:
+                weight = head.weight
+                if weight.shape != shape:
+                    weight = nn.init.trunc_normal_(weight.new_empty(shape), std=width**-0.5)
+                replaced[name] = LearnedClassifier(weight, head.bias, scale=logit_scale, **shared)
+            continue
+        if isinstance(frame, Tensor):
+            if frame.shape != shape[:2] or not frames.is_simplex(frame):
+                raise UsageError(f"A frame of your own must be a simplex ETF of shape {list(shape[:2])}.")
+            kind, w_KD = "simplex", torch.nn.functional.normalize(frame.double(), dim=1)
+        else:
+            kind = frames.resolve(frame, num_classes, width)
+            # On the meta device shapes are all that is wanted: nothing is computed.
+            w_KD = head.weight.new_empty(shape) if head.weight.is_meta else frames.make(kind, *shape[:2], seed=seed)
+        weight = (w_KD * logit_scale).to(device=head.weight.device, dtype=head.weight.dtype).reshape(shape)
+        replaced[name] = FixedClassifier(
+            weight,
+            bias=head.bias is not None,
+            frame=kind,
+            seed=None if isinstance(frame, Tensor) else seed,
+            learn_scale=learn_scale,
+            **shared,
+        )
+    return place(model, replaced)
+
+
+def place(model: nn.Module, classifiers: Mapping[str, FixedClassifier | LearnedClassifier]) -> nn.Module:
+    """Put classifiers into `model` by name; returns the model."""
+    for name, new in classifiers.items():
+        model.set_submodule(name, new)
+        _logger.info(f"Classifier {name}: {type(new).__name__}({new.extra_repr()})")
+    # Under DistributedDataParallel rank 0 would send the frame, 8 MB at 1,000 x 2,048, before every forward pass.
+    model._ddp_params_and_buffers_to_ignore = _FrameBuffers(model)  # type: ignore[assignment]
     return model
+
+
+class _FrameBuffers:
+    """Names of a model's frames, for DistributedDataParallel to leave alone: every process has the same.
+
+    They are looked up when a model is wrapped: under a classifier that `reset_classifier` or `free_classifier` has put
+    there since, the same names are parameters, whose gradients must be exchanged.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __iter__(self) -> Iterator[str]:
+        for name, head in fixed_classifiers(self._model):
+            yield from (f"{name}.{buffer}" for buffer, _ in head.named_buffers(recurse=False))
 
 
 def free_classifier(model: nn.Module) -> nn.Module:
@@ -163,7 +379,12 @@ def free_classifier(model: nn.Module) -> nn.Module:
         model: A model with one or more `FixedClassifier`; changed in place. A model without any is left as it is.
 
     Returns:
-        The same model, whose classifiers are `nn.Linear` or 1x1 `nn.Conv2d` with the same weights and logits.
+        The same model, whose classifiers are `nn.Linear` or 1x1 `nn.Conv2d` with the same weights and logits (after
+        feature normalisation: with logits in the same ratio).
+
+    Raises:
+        UsageError: If a classifier has a projector: without it the weight does not belong to the features. Use
+            `model.reset_classifier(num_classes)` for a fresh one.
 
     Example:
         >>> import timm
@@ -171,20 +392,28 @@ def free_classifier(model: nn.Module) -> nn.Module:
         >>> free_classifier(model).fc.weight.requires_grad
         True
     """
-    for name, fixed in list(fixed_classifiers(model)):
-        layer = nn.Conv2d if fixed.is_conv else nn.Linear
-        kwargs: dict[str, Any] = {"kernel_size": 1} if fixed.is_conv else {}
-        free = layer(
-            fixed.in_features,
-            fixed.out_features,
-            bias=fixed.bias is not None,
-            device=fixed.weight.device,
-            dtype=fixed.weight.dtype,
-            **kwargs,
+    fixed = list(fixed_classifiers(model))
+    if any(head.projector is not None for _, head in fixed):
+        raise UsageError(
+            "A classifier behind a projector cannot be freed: without the projector its weight does not belong to the "
+            "features. Use model.reset_classifier(num_classes) for a fresh one."
         )
-        free.load_state_dict(fixed.state_dict())
-        model.set_submodule(name, free)
+    for name, head in fixed:
+        model.set_submodule(name, plain_layer(head))
     return model
+
+
+def plain_layer(head: FixedClassifier | LearnedClassifier) -> nn.Linear | nn.Conv2d:
+    """An `nn.Linear` or 1x1 `nn.Conv2d` with a classifier's weights: the same logits, but for feature normalisation."""
+    layer = nn.Conv2d if head.is_conv else nn.Linear
+    kwargs: dict[str, Any] = {"kernel_size": 1} if head.is_conv else {}
+    with torch.device(head.weight.device):
+        plain = layer(head.in_features, head.out_features, bias=head.bias is not None, **kwargs).to(head.weight.dtype)
+    with torch.no_grad():
+        plain.weight.copy_(head.plain_weight())
+        if head.bias is not None:
+            plain.bias.copy_(head.bias)  # type: ignore[union-attr]
+    return plain
 
 
 def fixed_classifiers(model: nn.Module) -> Iterator[tuple[str, FixedClassifier]]:
@@ -192,9 +421,14 @@ def fixed_classifiers(model: nn.Module) -> Iterator[tuple[str, FixedClassifier]]
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FixedClassifier))
 
 
-def _heads(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d | FixedClassifier]]:
-    """The classifier layers of a timm model, checked to be of a kind that can be fixed."""
-    heads: list[tuple[str, nn.Linear | nn.Conv2d | FixedClassifier]] = []
+def heads(model: nn.Module) -> Iterator[tuple[str, FixedClassifier | LearnedClassifier]]:
+    """Name and module of every classifier that this package put into `model`, fixed or learned."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, FixedClassifier | LearnedClassifier))
+
+
+def _plain_heads(model: nn.Module) -> list[tuple[str, Any]]:
+    """The classifier layers of a timm model, checked to be of a kind that can be fixed, with Linear's attributes."""
+    found: list[tuple[str, Any]] = []
     for name in classifier_names(model):
         try:
             head = model.get_submodule(name)
@@ -205,10 +439,10 @@ def _heads(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d | FixedCla
         if isinstance(head, nn.Identity):
             raise UsageError(f"{type(model).__name__} has no classifier to fix: create it with num_classes=N, N >= 2.")
         is_conv1x1 = isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1
-        if not (is_conv1x1 or isinstance(head, nn.Linear | FixedClassifier)):
+        if not (is_conv1x1 or isinstance(head, nn.Linear | _Head)):
             raise UsageError(
                 f"The classifier {name!r} of {type(model).__name__} is a {type(head).__name__}; only nn.Linear and 1x1 "
                 "nn.Conv2d classifiers can be fixed."
             )
-        heads.append((name, head))  # type: ignore[arg-type]
-    return heads
+        found.append((name, head))
+    return found

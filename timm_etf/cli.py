@@ -31,6 +31,22 @@ def demo(out: Path, resume: bool = False) -> None:
     run(out, resume=resume)
 
 
+@app.command(name="models")
+def models(pattern: tyro.conf.Positional[str] = "*", num_classes: int = 1000, compute: bool = False) -> None:
+    """List what fits: width, frame, coherence and its bound, and what a fixed classifier saves.
+
+    Args:
+        pattern: Wildcard of timm names, such as 'resnet*'.
+        num_classes: Number of classes K.
+        compute: Compute the spherical codes that are not cached yet: seconds for each width, minutes beyond 20,000
+            classes.
+    """
+    from timm_etf.models import coverage, table
+
+    print(table(coverage(pattern, num_classes, compute=compute), num_classes))
+    print(f"next: timm.create_model(NAME, num_classes={num_classes}) after import timm_etf")
+
+
 @app.command(name="data")
 def data(root: Path) -> None:
     """Build the embedded pictograms and the demo's transfer targets as image folders.

@@ -1,7 +1,8 @@
-"""`<arch>_etf` for every timm architecture that has a classifier: importing this module registers them.
+"""`<arch>_etf` for every timm architecture that has a classifier, and `<resnet>_sw`: importing this registers them.
 
-A variant wraps timm's own entry point: the base builder makes the model, with every keyword argument it takes, and the
-classifiers that its `pretrained_cfg` names are then replaced by frozen frames. Nothing in timm is patched.
+A variant wraps timm's own entry point: the base builder makes the model, with every keyword argument it takes, and then
+norms are replaced by switchable whitening (`_sw`), or the classifiers that its `pretrained_cfg` names by frozen frames
+(`_etf`), or both (`_sw_etf`). Nothing in timm is patched.
 """
 
 import sys
@@ -14,12 +15,18 @@ from timm.models import get_pretrained_cfg, list_models, model_entrypoint, regis
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
-from timm_etf import frames
 from timm_etf.classifier import fix_classifier, fixed_classifiers
 from timm_etf.errors import UsageError
+from timm_etf.whitening import whiten_resnet
 
 SUFFIX = "_etf"
-"""What a variant's name adds to timm's."""
+"""What the name of a variant with a fixed classifier adds to its base's."""
+
+SW_SUFFIX = "_sw"
+"""What the name of a variant with switchable whitening adds to timm's."""
+
+HEAD_ARGS = ("frame", "frame_seed", "logit_scale", "feature_norm", "learn_scale", "projector")
+"""Keyword arguments of the `_etf` variants: those of `fix_classifier`, with `frame_seed` for its seed."""
 
 skipped: dict[str, str] = {}
 """timm architectures without a variant, and why."""
@@ -31,7 +38,7 @@ __all__: list[str] = []  # register_model appends the variants; they are entry p
 
 
 def base_name(name: str) -> str:
-    """timm's own architecture name of a variant: `"resnet50_etf"` gives `"resnet50"`, any other name itself."""
+    """Name of a variant with a learned classifier: `"resnet50_etf"` gives `"resnet50"`, any other name itself."""
     return name.removesuffix(SUFFIX)
 
 
@@ -44,16 +51,17 @@ NO_PROVENANCE: dict[str, Any] = {
 """A variant's weights are never the base's: nothing that says where those came from may be inherited."""
 
 
-def _entry_point(name: str, base: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> Callable[..., nn.Module]:
+    fix = name.endswith(SUFFIX)
+
     def variant(
         pretrained: bool = False,
         pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        *,
-        frame: str = "auto",
-        frame_seed: int = 0,
         **kwargs: Any,
     ) -> nn.Module:
+        head_args = {k: kwargs.pop(k) for k in HEAD_ARGS if k in kwargs} if fix else {}
+        sw_args = kwargs.pop("sw_kwargs", None) or {} if whiten else {}
         overlay = dict(pretrained_cfg_overlay or {})
         if isinstance(pretrained_cfg, str):  # a tag: timm's own message where there is no such tag
             pretrained_cfg = get_pretrained_cfg(f"{name}.{pretrained_cfg}")
@@ -70,48 +78,68 @@ def _entry_point(name: str, base: Callable[..., nn.Module]) -> Callable[..., nn.
                 f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
                 f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
             )
+        if whiten and pretrained:
+            # timm calls this between building the model and loading: the weights are those of the whitened model.
+            kwargs["pretrained_filter_fn"] = lambda state_dict, built: (whiten_resnet(built, **sw_args), state_dict)[1]
         model: Any = base(
             pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs
         )
+        if whiten and not pretrained:
+            whiten_resnet(model, **sw_args)
         if from_base:
             model.pretrained_cfg.pop("tag", None)
-        if kwargs.get("features_only") or getattr(model, "num_classes", 0) == 0:
-            return model
-        weights = model.state_dict() if pretrained else {}
-        fix_classifier(model, frame=frame, seed=frame_seed)
-        for head_name, fixed in fixed_classifiers(model):
-            # Weights that were trained under a frame keep it, bit for bit; a learned classifier gives way to the frame.
-            loaded = weights.get(f"{head_name}.weight")
-            if loaded is not None and frames.is_simplex(loaded.flatten(1)):
-                fixed.load_state_dict({"weight": loaded}, strict=False)
+        if fix and not kwargs.get("features_only") and getattr(model, "num_classes", 0) != 0:
+            _fix(model, pretrained, **head_args)
         return model
 
     variant.__name__ = variant.__qualname__ = name
     variant.__module__ = __name__
-    variant.__doc__ = (
-        f"timm's `{base_name(name)}` with a fixed simplex ETF classifier. Takes all of its keyword arguments, and "
-        "`frame` and `frame_seed` (see `timm_etf.fix_classifier`)."
-    )
+    takes = ["all of its keyword arguments"]
+    takes += ["`sw_kwargs` (a dict of arguments of `timm_etf.whitening.SwitchWhiten2d`)"] if whiten else []
+    takes += [f"{', '.join(HEAD_ARGS)} (see `timm_etf.fix_classifier`)"] if fix else []
+    what = " and ".join(["switchable whitening"] * whiten + ["a fixed classifier"] * fix)
+    original = base_name(name).removesuffix(SW_SUFFIX) if whiten else base_name(name)
+    variant.__doc__ = f"timm's `{original}` with {what}. Takes {' and '.join(takes)}."
     return variant
 
 
+def _fix(model: nn.Module, pretrained: bool, frame_seed: int = 0, **head_args: Any) -> None:
+    """Fix the classifiers; loaded weights that were trained under such a frame keep it, bit for bit."""
+    weights = model.state_dict() if pretrained else {}
+    fix_classifier(model, seed=frame_seed, **head_args)
+    for head_name, fixed in fixed_classifiers(model):
+        loaded, bias = weights.get(f"{head_name}.weight"), weights.get(f"{head_name}.bias")
+        if loaded is not None and loaded.shape == fixed.weight.shape and fixed.accepts(loaded, bias):
+            if "logit_scale" in head_args:
+                loaded = loaded * (head_args["logit_scale"] / loaded[0].double().norm().item())
+            fixed.load_state_dict({"weight": loaded}, strict=False)
+
+
 def _register() -> None:
-    module = sys.modules[__name__]
     for base in list_models():
-        base_entry_point = model_entrypoint(base)
+        entry_point = model_entrypoint(base)
         # timm's own table of the module, because its get_pretrained_cfg copies deeply: 0.15 s for all names.
-        cfgs = getattr(sys.modules[base_entry_point.__module__], "default_cfgs", {})
+        cfgs = getattr(sys.modules[entry_point.__module__], "default_cfgs", {})
         if base not in cfgs or not cfgs[base].default.classifier:
             skipped[base] = "its pretrained_cfg names no classifier"
-        elif base.endswith("_enc"):
+            continue
+        if base.endswith("_enc"):
             skipped[base] = "an encoder: its pretrained_cfg names a classifier that the model does not have"
-        else:
-            name = base + SUFFIX
-            cfg = replace(cfgs[base].default, architecture=name, **NO_PROVENANCE)
-            default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": cfg})
-            entry_point = _entry_point(name, base_entry_point)
-            setattr(module, name, entry_point)
-            register_model(entry_point)
+            continue
+        cfg = cfgs[base].default
+        _add(base + SUFFIX, entry_point, cfg)
+        # Pruned widths do not divide into groups, and there is no BatchNorm to replace in the GroupNorm model.
+        if entry_point.__module__ == "timm.models.resnet" and not base.endswith(("_pruned", "_gn")):
+            _add(base + SW_SUFFIX, entry_point, cfg, whiten=True)
+            _add(base + SW_SUFFIX + SUFFIX, entry_point, cfg, whiten=True)
+
+
+def _add(name: str, base: Callable[..., nn.Module], cfg: PretrainedCfg, *, whiten: bool = False) -> None:
+    cfg = replace(cfg, architecture=name, **NO_PROVENANCE)
+    default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": cfg})
+    entry_point = _entry_point(name, base, whiten=whiten)
+    setattr(sys.modules[__name__], name, entry_point)
+    register_model(entry_point)
 
 
 _register()

@@ -1,5 +1,6 @@
 """`export`: a folder that plain timm loads, with everything needed to restore the fixed classifier."""
 
+import copy
 import hashlib
 import json
 from importlib.metadata import version
@@ -11,12 +12,13 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from timm_etf import frames
 from timm_etf.atomic import atomic_folder, require_new_folder, write_json
-from timm_etf.classifier import fixed_classifiers
+from timm_etf.classifier import fixed_classifiers, heads
 from timm_etf.errors import UsageError
 from timm_etf.hub.card import write_card
 from timm_etf.hub.load import FORMAT
-from timm_etf.variants import NO_PROVENANCE, base_name
+from timm_etf.variants import HEAD_ARGS, NO_PROVENANCE, base_name
 
 WEIGHTS = "model.safetensors"
 
@@ -38,6 +40,11 @@ def export(
     `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits without this package. An `etf` block
     at the root of config.json, which plain timm ignores, lets `timm_etf.create_model` restore the frozen classifier.
     Nothing is said of where the base architecture's own weights came from: these weights have their own origin.
+
+    What plain timm cannot give: after feature normalisation its logits are not normalised (the same ranking, other
+    confidences); a classifier behind a projector is left out together with the projector, and the export is a backbone
+    with `num_classes=0`; a model with switchable whitening (`_sw`) is known only where this package is imported. The
+    `etf` block and the card say so.
 
     Args:
         model: A timm model, with fixed classifiers or a learned one; left as it is.
@@ -64,13 +71,22 @@ def export(
             f"{type(model).__name__} is not a model made by timm.create_model (or is a features_only one), so its "
             "configuration cannot be written."
         )
+    trained = model
+    if any(head.projector is not None for _, head in heads(model)):
+        model = copy.deepcopy(model)
+        model.reset_classifier(0)  # type: ignore[operator]
+        label_names = None
+    tensors = model.state_dict()
+    for name, head in heads(model):
+        tensors[f"{name}.weight"] = head.plain_weight()
+        tensors.pop(f"{name}.logit_scale", None)
     with atomic_folder(folder) as new:
         # Contiguous, because safetensors refuses channels_last and transposed tensors.
-        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         with (new / WEIGHTS).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        etf = _etf_block(model, sha256, recipe)
+        etf = _etf_block(trained, sha256, recipe)
         write_json(new / "config.json", _config(model, new, tag, data_config, label_names, etf))
         write_json(new / "results.json", results or {})
         write_card(new)
@@ -95,22 +111,26 @@ def _config(
     )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] = {k: v for k, v in config["pretrained_cfg"].items() if v is not None}
-    # timm's factory records every argument it was given; plain timm does not know these two.
-    config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in ("frame", "frame_seed")}
+    # timm's factory records every argument it was given; plain timm does not know the classifier's.
+    config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in HEAD_ARGS}
     return config if etf is None else {**config, "etf": etf}
 
 
 def _etf_block(model: nn.Module, sha256: str, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
-    heads = dict(fixed_classifiers(model))
-    if not heads:
+    fixed = dict(fixed_classifiers(model))
+    if not fixed:
         return None
-    first = next(iter(heads.values()))
+    first = next(iter(fixed.values()))
     return {
         "format": FORMAT,
         "frame": first.frame,
         "seed": first.seed,
         "num_classes": first.out_features,
-        "dims": {name: head.in_features for name, head in heads.items()},
+        "dims": {name: head.in_features for name, head in fixed.items()},
+        "coherence": max(frames.coherence(head.weight.flatten(1)) for head in fixed.values()),
+        "logit_scale": first.scale,
+        "feature_norm": first.feature_norm,
+        "projector": first.projector_kind,
         "weights_sha256": sha256,
         "recipe": recipe or {},
         "versions": {"timm_etf": version("timm_etf"), "timm": timm.__version__},

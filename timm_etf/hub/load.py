@@ -10,7 +10,7 @@ from timm.models._hub import download_from_hf
 from torch import nn
 
 from timm_etf import frames
-from timm_etf.classifier import FixedClassifier, classifier_names, fix_classifier
+from timm_etf.classifier import FixedClassifier, classifier_names, fix_classifier, place
 from timm_etf.errors import UsageError
 
 FORMAT = 1
@@ -44,18 +44,25 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     model = timm.create_model(model_name, pretrained=pretrained, **kwargs)
     if etf is None or kwargs.get("features_only") or getattr(model, "num_classes", 0) != etf["num_classes"]:
         return model
+    if etf["projector"] is not None:  # it was left out, and the frame was not in the backbone's own features
+        return model
+    norm = etf["feature_norm"]
     if not pretrained:
-        return fix_classifier(model, frame=etf["frame"], seed=etf["seed"])
+        seed = etf["seed"] or 0  # a frame of unknown rotation is as good under any other
+        return fix_classifier(model, etf["frame"], seed, logit_scale=etf["logit_scale"], feature_norm=norm)
+    fixed = {}
     for name in classifier_names(model):
         head: Any = model.get_submodule(name)
-        if not frames.is_simplex(head.weight.flatten(1)) or (head.bias is not None and head.bias.any()):
+        is_frame = frames.matches(head.weight.flatten(1), etf["frame"], etf["coherence"])
+        if not is_frame or (head.bias is not None and head.bias.any()):
             raise UsageError(
                 f"{model_name}: config.json promises a fixed {etf['frame']} classifier, but the weights of {name!r} "
                 "are not one. Download or export the model again, or use timm.create_model to load it as it is."
             )
-        fixed = FixedClassifier(head.weight, bias=head.bias is not None, frame=etf["frame"], seed=etf["seed"])
-        model.set_submodule(name, fixed)
-    return model
+        fixed[name] = FixedClassifier(
+            head.weight, bias=head.bias is not None, frame=etf["frame"], seed=etf["seed"], feature_norm=norm
+        )
+    return place(model, fixed)
 
 
 def _etf_block(source: str, path: str, cache_dir: str | Path | None) -> dict[str, Any] | None:
@@ -91,7 +98,8 @@ def _check_block(etf: Any, name: str) -> None:
             f"{name} was written by a newer timm_etf (etf format {etf['format']}, this version reads up to "
             f"{FORMAT}): pip install --upgrade timm_etf"
         )
-    types = {"format": int, "frame": str, "seed": int | None, "num_classes": int}
+    types: dict[str, Any] = {"format": int, "frame": str, "seed": int | None, "num_classes": int, "coherence": float}
+    types |= {"logit_scale": float, "feature_norm": bool, "projector": str | None}
     wrong = [k for k, t in types.items() if not isinstance(etf, dict) or k not in etf or not isinstance(etf[k], t)]
     if wrong or etf["frame"] not in frames.FRAMES:
         raise UsageError(

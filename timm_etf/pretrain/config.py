@@ -38,7 +38,8 @@ class PretrainConfig:
     frame_seed: int = 0
     """Seed of the fixed classifier's random rotation."""
     model_kwargs: tuple[str, ...] = ()
-    """Further arguments of the architecture as NAME=VALUE, such as drop_path_rate=0.1."""
+    """Further arguments of the model as NAME=VALUE: the architecture's, such as drop_path_rate=0.1, and the fixed
+    classifier's: frame=gaussian (or learned), logit_scale=16, feature_norm=True, learn_scale=True, projector=mlp."""
 
     img_size: int | None = None
     """Image side in pixels; by default the architecture's own."""
@@ -79,8 +80,16 @@ class PretrainConfig:
     """timm learning-rate schedule, stepped at every update."""
     warmup_epochs: int = 5
     """Epochs of linear warm-up, part of --epochs."""
+    loss: Literal["cross_entropy", "dot_regression"] = "cross_entropy"
+    """Loss; dot_regression needs a fixed classifier with feature_norm=True."""
     smoothing: float = 0.1
-    """Label smoothing."""
+    """Label smoothing (cross-entropy only)."""
+    mixup: float = 0.0
+    """Alpha of timm's mixup, 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of timm's cutmix, 0 for none; with --mixup each batch takes one of the two."""
+    feature_entropy: float = 0.0
+    """Weight of the feature-entropy regulariser, which works against collapse of the backbone's features."""
     amp: Literal["no", "fp16", "bf16"] | None = None
     """Mixed precision; by default what accelerate was launched with."""
     seed: int = 0
@@ -157,6 +166,13 @@ class PretrainConfig:
                 raise UsageError(f"--{option} takes one value for all channels or {self.in_chans}, one for each.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UsageError(f"--warmup-epochs must be less than --epochs ({self.epochs}), got {self.warmup_epochs}.")
+        for option in ("mixup", "cutmix", "feature_entropy"):
+            if getattr(self, option) < 0:
+                raise UsageError(f"--{option.replace('_', '-')} must be at least 0, got {getattr(self, option)}.")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UsageError(f"Mixup pairs the images of a batch: --batch-size must be even, got {self.batch_size}.")
+        if self.feature_entropy and self.batch_size < 2:
+            raise UsageError("--feature-entropy compares the images of a batch: --batch-size must be at least 2.")
         if self.workers < 0:
             raise UsageError(f"--workers must be at least 0, got {self.workers}.")
         if self.data_dir is None and self.dataset == "folder":

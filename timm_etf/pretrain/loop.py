@@ -30,6 +30,7 @@ from timm_etf.errors import Interrupted, UsageError
 from timm_etf.pretrain import checkpoint, data
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.pretrain.objective import Objective
 from timm_etf.variants import base_name
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         checkpoint.check_resume(config.out, settings)
     set_seed(config.seed)
     model = _create_model(config, splits.num_classes)
+    objective = Objective(config, model, splits.num_classes)
     data_config = _data_config(config, model)
     splits.train.transform, splits.val.transform = data.transforms(config, data_config)  # type: ignore[attr-defined]
     train_loader = data.TrainLoader(splits.train, config, accelerator.process_index, accelerator.num_processes)
@@ -69,7 +71,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         data.check_images(splits.train, splits.val)
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "run.json", _run_record(config, settings, model, data_config, train_loader))
-    accelerator.wait_for_everyone()
+    _require_same_frames(model)
 
     optimizer = create_optimizer_v2(
         model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
@@ -94,7 +96,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             bar.set_description_str(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
             position = dataclasses.replace(position, epoch=epoch) if epoch == position.epoch else Position(epoch)
             started, first_step = time.perf_counter(), position.step
-            position = _train_epoch(config, accelerator, model, optimizer, scheduler, train_loader, position, stop, bar)
+            position = _train_epoch(
+                objective, accelerator, model, optimizer, scheduler, train_loader, position, stop, bar
+            )
             seconds = time.perf_counter() - started
             if stop.requested():
                 break
@@ -160,6 +164,16 @@ def _create_model(config: PretrainConfig, num_classes: int) -> nn.Module:
         raise UsageError(f"{name}: {e}. Check --model-kwargs.") from e
 
 
+def _require_same_frames(model: nn.Module) -> None:
+    """Processes on machines of different kinds may compute different spherical codes, and frames are not exchanged."""
+    mine = [head.weight.double().sum(dim=0).tolist() for _, head in fixed_classifiers(model)]
+    if any(other != mine for other in gather_object([mine])):
+        raise UsageError(
+            "The processes have computed different frames: copy one machine's huggingface_hub assets cache "
+            "(HF_ASSETS_CACHE) to the others."
+        )
+
+
 def _img_size(config: PretrainConfig) -> dict[str, Any]:
     """`img_size` for the architectures whose input size is fixed when they are built; the others take any."""
     cfg = timm.get_pretrained_cfg(config.architecture)
@@ -200,7 +214,7 @@ def _run_record(
 
 
 def _train_epoch(
-    config: PretrainConfig,
+    objective: Objective,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Any,
@@ -212,7 +226,6 @@ def _train_epoch(
 ) -> Position:
     """Train the rest of an epoch, or up to a request to stop; returns the new position."""
     model.train()
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     loss_sum = position.loss_sum
     unread: list[torch.Tensor] = []  # reading a loss waits for the device, so it is done every 20 steps
     step = position.step
@@ -223,7 +236,7 @@ def _train_epoch(
         images = images.to(accelerator.device, non_blocking=True)
         targets = targets.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
-            loss = loss_fn(model(images), targets)
+            loss = objective(model, images, targets)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
