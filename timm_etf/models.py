@@ -103,7 +103,7 @@ def _classifiers(names: list[str]) -> dict[str, list[tuple[int, bool]]]:
     from huggingface_hub import cached_assets_path
     from tqdm import tqdm
 
-    path = cached_assets_path("timm_etf", namespace="models") / f"classifiers-timm-{timm.__version__}.json"
+    path = cached_assets_path("timm_etf", "models", "classifiers") / f"timm-{timm.__version__}.json"
     try:
         known: dict[str, list[tuple[int, bool]]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -137,12 +137,10 @@ def table(rows: list[Coverage], num_classes: int) -> str:
         )
         for row in rows
     ]
-    columns = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    aligned = "<><>>>>"
     lines = [
-        "  ".join(
-            cell.ljust(n) if i in (0, 2) else cell.rjust(n)
-            for i, (cell, n) in enumerate(zip(line, columns, strict=True))
-        )
+        "  ".join(f"{cell:{side}{n}}" for cell, side, n in zip(line, aligned, widths, strict=True))
         for line in (header, *cells)
     ]
     counts = {f: sum(f in row.frames for row in rows) for f in ("simplex", "orthoplex", "spherical_code")}

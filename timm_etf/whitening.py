@@ -40,9 +40,13 @@ def newton_inverse_sqrt(covariance: Tensor, steps: int = 5) -> Tensor:
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     scaled = covariance / trace
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    p = 1.5 * eye - 0.5 * scaled  # the first step, from P = I
-    for _ in range(steps - 1):
-        p = 1.5 * p - 0.5 * (p @ p) @ (p @ scaled)
+    # In the coupled form, with Q = P S, which in exact arithmetic is the same: the iteration as it is written above
+    # lets rounding errors grow, and diverges on ill-conditioned matrices where this one converges.
+    factor = 1.5 * eye - 0.5 * scaled
+    p, q = factor, scaled @ factor
+    for step in range(1, steps):
+        factor = 1.5 * eye - 0.5 * p @ q
+        p, q = factor @ p, q @ factor if step < steps - 1 else q
     return p * trace.rsqrt()
 
 
@@ -105,9 +109,7 @@ class SwitchWhiten2d(nn.Module):
     ) -> None:
         super().__init__()
         if num_features % group_size:
-            raise UsageError(
-                f"{num_features} channels are not a multiple of group_size={group_size}: choose a divisor."
-            )
+            raise UsageError(f"{num_features} channels are no multiple of group_size={group_size}: choose a divisor.")
         if not candidates or not set(candidates) <= set(CANDIDATES) or len(set(candidates)) < len(candidates):
             raise UsageError(f"candidates takes some of {', '.join(CANDIDATES)}, each once, got {candidates}.")
         if solver not in ("newton", "eigen"):
@@ -226,9 +228,7 @@ def whiten_resnet(model: nn.Module, **kwargs: object) -> nn.Module:
     for name in norms:
         norm = model.get_submodule(name)
         if not isinstance(norm, nn.BatchNorm2d):
-            raise UsageError(
-                f"{type(model).__name__}.{name} is a {type(norm).__name__}: whitening replaces BatchNorm2d."
-            )
+            raise UsageError(f"{type(model).__name__}.{name} is a {type(norm).__name__}, not a BatchNorm2d.")
         with norm.weight.device:
             replaced[name] = SwitchWhiten2d(norm.num_features, **kwargs).to(norm.weight.dtype)  # type: ignore[arg-type]
         with torch.no_grad():

@@ -109,7 +109,7 @@ def cached_coherence(num_classes: int, dim: int) -> float | None:
 def _path(num_classes: int, dim: int) -> Path:
     from huggingface_hub import cached_assets_path
 
-    folder = cached_assets_path("timm_etf", namespace="frames")
+    folder = cached_assets_path("timm_etf", "frames", "spherical_codes")
     return folder / f"spherical_code{_VERSION}_{num_classes}x{dim}.safetensors"
 
 
