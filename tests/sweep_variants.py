@@ -53,7 +53,9 @@ def check(name: str, num_classes: int = 10) -> tuple[str, str | None]:
 
 def main(pattern: str = "*") -> int:
     """Check all variants that match; returns the number of failures."""
-    names = [n for n in timm.list_models(pattern + SUFFIX) if not n.endswith(SW_SUFFIX + SUFFIX)]
+    names = timm.list_models(pattern + SUFFIX)
+    if not pattern.endswith(SW_SUFFIX):
+        names = [n for n in names if not n.endswith(SW_SUFFIX + SUFFIX)]
     bases = [n for n in timm.list_models(pattern) if not n.endswith((SUFFIX, SW_SUFFIX))]
     counts = {k: Counter[str]() for k in NUM_CLASSES}
     failures = 0

@@ -34,7 +34,6 @@ SPREAD = [
     "vit_small_patch14_dinov2",
     "eva02_tiny_patch14_224",
     "swin_tiny_patch4_window7_224",
-    "sequencer2d_s",
     "samvit_base_patch16",
     "deepseek_vit_412m_align",
     "test_nfnet",
@@ -100,9 +99,31 @@ def test_frame_seed() -> None:
     assert (net.fc.seed, net.fc.frame) == (4, "simplex")
 
 
-def test_too_many_classes_names_a_width() -> None:
+def test_the_classifiers_arguments_are_keyword_arguments() -> None:
+    net = timm.create_model(
+        "test_resnet_etf", num_classes=10, frame="gaussian", frame_seed=2, logit_scale=8.0, feature_norm=True
+    )
+    assert torch.equal(net.fc.weight, (8 * frames.gaussian(10, 96, seed=2)).float())
+    assert net.fc.feature_norm
+    net = timm.create_model("test_resnet_etf", num_classes=10, projector="mlp", learn_scale=True)
+    assert {n for n, _ in net.fc.named_parameters()} >= {"logit_scale", "projector.0.weight"}
+    assert isinstance(timm.create_model("test_resnet_etf", num_classes=10, frame="learned").fc, nn.Linear)
+    assert timm.create_model("resnet18_etf").fc.frame == "orthoplex"
     with pytest.raises(UsageError, match=r"1000 classes needs features of width 999 or more, got 512"):
-        timm.create_model("resnet18_etf")
+        timm.create_model("resnet18_etf", frame="simplex")
+    with pytest.raises(TypeError, match="frame"):  # the plain and the whitened model have no such argument
+        timm.create_model("test_resnet_sw", frame="simplex")
+
+
+def test_weights_from_a_file_take_the_scale_that_is_asked_for(tmp_path: Path) -> None:
+    source = fix_classifier(timm.create_model("test_resnet", num_classes=10), seed=9, logit_scale=4.0)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 10}
+    arguments = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": 10}
+    as_it_is = timm.create_model("test_resnet_etf", **arguments)
+    assert torch.equal(as_it_is.fc.weight, source.fc.weight)
+    rescaled = timm.create_model("test_resnet_etf", logit_scale=1.0, **arguments)
+    torch.testing.assert_close(rescaled.fc.weight, source.fc.weight / 4)
 
 
 def test_provenance_of_the_base_is_not_inherited() -> None:

@@ -3,6 +3,7 @@
 Shape suffixes: N images, G groups of C channels each, P positions (height x width).
 """
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -129,7 +130,8 @@ class SwitchWhiten2d(nn.Module):
         images, channels, height, width = x.shape
         groups = channels // self.group_size
         # Statistics of half-precision activations need float32, as in any norm layer.
-        with torch.autocast(x.device.type, enabled=False):
+        # (There is no autocast to leave on the meta device.)
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             x_NGCP = x.reshape(images, groups, self.group_size, height * width)
             x_NGCP = x_NGCP if x.dtype == torch.float64 else x_NGCP.float()
             mean_NGC, cov_NGCC = self._mixed_statistics(x_NGCP)

@@ -89,6 +89,108 @@ def test_plugin_arguments_stay_out_of_what_plain_timm_reads(tmp_path: Path) -> N
     assert timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).num_classes == 10
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "options"),
+    [
+        (150, {"logit_scale": 7.0}),  # orthoplex
+        (300, {}),  # spherical code
+        (10, {"frame": "gaussian", "frame_seed": 3}),
+        (10, {"learn_scale": True, "logit_scale": 3.0}),
+        (10, {"frame": "learned", "logit_scale": 4.0}),
+    ],
+    ids=str,
+)
+def test_what_folds_into_the_weight_gives_the_same_logits_in_plain_timm(
+    tmp_path: Path, num_classes: int, options: dict[str, object]
+) -> None:
+    net = timm.create_model("test_resnet_etf", num_classes=num_classes, **options).eval()
+    if options.get("learn_scale"):
+        torch.nn.init.constant_(net.fc.logit_scale, 1.3)
+    if options.get("frame") == "learned":
+        torch.nn.init.normal_(net.fc.bias)
+    images = torch.randn(2, 3, 64, 64)
+    folder = hub.export(net, tmp_path / "model")
+    with torch.no_grad():
+        expected = net(images)
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        ours = timm_etf.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        exact = not {"learn_scale", "logit_scale"} & set(options) or options.get("logit_scale") == 7.0
+        torch.testing.assert_close(plain(images), expected, atol=0 if exact else 1e-5, rtol=0 if exact else 1e-5)
+        assert torch.equal(ours(images), plain(images))
+    assert type(plain.fc) is nn.Linear
+    etf = json.loads((folder / "config.json").read_text()).get("etf")
+    if options.get("frame") == "learned":
+        assert etf is None
+        assert isinstance(ours.fc, nn.Linear)
+    else:
+        assert isinstance(ours.fc, FixedClassifier)
+        assert etf["frame"] == net.fc.frame == ours.fc.frame
+        assert etf["coherence"] == pytest.approx(timm_etf.frames.coherence(net.fc.weight), abs=1e-6)
+        assert etf["logit_scale"] == pytest.approx(net.fc.scale) == pytest.approx(ours.fc.scale, rel=1e-4)
+        untrained = timm_etf.create_model(f"local-dir:{folder}")
+        torch.testing.assert_close(untrained.fc.weight, ours.fc.weight, atol=1e-5, rtol=1e-5)
+
+
+def test_feature_normalisation_needs_the_plugin_and_says_so(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet_etf", num_classes=10, feature_norm=True, logit_scale=12.0).eval()
+    folder = hub.export(net, tmp_path / "model")
+    images = torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(images)
+        assert torch.equal(timm_etf.create_model(f"local-dir:{folder}", pretrained=True).eval()(images), expected)
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+    ratio = plain / expected  # the same ranking, each image with a factor of its own: its feature's norm
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(plain, expected)
+    assert "which plain timm does not do" in " ".join((folder / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "dla46_c", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("frame", ["auto", "learned"])
+def test_a_projector_is_left_out_of_the_export(tmp_path: Path, name: str, frame: str) -> None:
+    net = timm.create_model(f"{name}_etf", num_classes=10, projector="mlp", frame=frame).eval()
+    images = torch.randn(2, *net.pretrained_cfg["input_size"])
+    folder = hub.export(net, tmp_path / "model", label_names=list("abcdefghij"))
+    assert not [
+        k for k in load_file(folder / "model.safetensors") if "projector" in k or k.startswith(("fc.", "head."))
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 0
+    assert "label_names" not in config
+    with torch.no_grad():
+        features = net.forward_head(net.forward_features(images), pre_logits=True)
+        for create in (timm.create_model, timm_etf.create_model):
+            backbone = create(f"local-dir:{folder}", pretrained=True).eval()
+            assert torch.equal(backbone(images).flatten(1), features.flatten(1))
+            # Even for the number of classes it was trained with there is no frame to restore.
+            fresh = create(f"local-dir:{folder}", pretrained=True, num_classes=10)
+            assert not list(fixed_classifiers(fresh))
+            assert fresh.eval()(images).shape == (2, 10)
+    card = " ".join((folder / "README.md").read_text().split())
+    assert "were left out: this is a backbone" in card
+    assert "import timm_etf" not in card
+    assert net(images).shape == (2, 10)  # the model itself is as it was
+    if frame == "auto":
+        assert config["etf"]["projector"] == "mlp"
+
+
+@pytest.mark.parametrize("name", ["test_resnet_sw", "test_resnet_sw_etf"])
+def test_whitened_models_need_the_plugin_and_say_so(tmp_path: Path, name: str) -> None:
+    net = timm.create_model(name, num_classes=10, sw_kwargs={"candidates": ["bw", "iw", "ln"]}).eval()
+    images = torch.randn(2, 3, 64, 64)
+    folder = hub.export(net, tmp_path / "model")
+    with torch.no_grad():
+        expected = net(images)
+        for create in (timm.create_model, timm_etf.create_model):
+            assert torch.equal(create(f"local-dir:{folder}", pretrained=True).eval()(images), expected)
+    restored = timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+    assert isinstance(restored.fc, FixedClassifier) == name.endswith("_etf")
+    assert "import timm_etf` before creating it" in (folder / "README.md").read_text()
+    code = "import sys, timm; timm.create_model(sys.argv[1], pretrained=True)"
+    done = subprocess.run([sys.executable, "-c", code, f"local-dir:{folder}"], capture_output=True, text=True)
+    assert "Unknown model (test_resnet_sw)" in done.stderr
+
+
 def test_learned_model_has_no_etf_block(tmp_path: Path) -> None:
     folder = hub.export(timm.create_model("test_resnet", num_classes=10), tmp_path / "model")
     assert "etf" not in json.loads((folder / "config.json").read_text())
@@ -129,6 +231,8 @@ def test_a_failed_export_leaves_the_old_one(tmp_path: Path) -> None:
         (lambda c: c["etf"].update(frame="sphere"), "is damaged .see 'frame'"),
         (lambda c: c["etf"].update(num_classes="10"), "is damaged .see 'num_classes'"),
         (lambda c: c["etf"].update(seed="a"), "is damaged .see 'seed'"),
+        (lambda c: c["etf"].update(coherence=None), "is damaged .see 'coherence'"),
+        (lambda c: c["etf"].pop("feature_norm"), "is damaged .see 'feature_norm'"),
         (lambda c: c.update(etf=[]), "is damaged"),
     ],
 )

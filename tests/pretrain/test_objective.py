@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import timm.loss
+import torch
+from torch import nn
+
+import timm_etf
+from tests.pretrain.test_errors import config
+from tests.pretrain.test_run import lines, weights
+from timm_etf.losses import FeatureEntropyLoss
+from timm_etf.pretrain.loop import pretrain
+from timm_etf.pretrain.objective import Objective
+
+
+def objective(model: str = "test_resnet_etf", kwargs: dict[str, object] | None = None, **changes: object) -> tuple:
+    torch.manual_seed(0)
+    net = timm.create_model(model, num_classes=5, **kwargs or {}).eval()
+    settings = config(Path("data"), Path("run"), model=model, **changes)
+    return net, Objective(settings, net, 5)
+
+
+IMAGES, TARGETS = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
+
+
+def test_cross_entropy_with_label_smoothing_is_timms() -> None:
+    net, loss = objective(smoothing=0.2)
+    expected = timm.loss.LabelSmoothingCrossEntropy(0.2)(net(IMAGES), TARGETS)
+    torch.testing.assert_close(loss(net, IMAGES, TARGETS), expected)
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}], ids=str)
+def test_mixup_is_timms_with_the_smoothing_in_its_targets(alphas: dict[str, float]) -> None:
+    net, loss = objective(smoothing=0.1, **alphas)
+    for seed in range(4):
+        np.random.seed(seed)
+        ours = loss(net, IMAGES.clone(), TARGETS)
+        np.random.seed(seed)
+        mixup = timm.data.Mixup(alphas.get("mixup", 0), alphas.get("cutmix", 0), label_smoothing=0.1, num_classes=5)
+        images, targets = mixup(IMAGES.clone(), TARGETS)
+        torch.testing.assert_close(ours, timm.loss.SoftTargetCrossEntropy()(net(images), targets))
+
+
+def test_dot_regression_takes_the_classifiers_scale() -> None:
+    net, loss = objective(kwargs={"feature_norm": True, "logit_scale": 9.0}, loss="dot_regression", smoothing=0.1)
+    cosines = net(IMAGES)[range(6), TARGETS] / 9
+    torch.testing.assert_close(loss(net, IMAGES, TARGETS), 9 / 2 * (1 - cosines).square().mean())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"projector": "mlp"}, {"frame": "learned"}], ids=str)
+def test_the_entropy_term_is_that_of_the_backbones_features(kwargs: dict[str, object]) -> None:
+    net, loss = objective(kwargs=kwargs, feature_entropy=0.5, smoothing=0.0)
+    features = net.forward_head(net.forward_features(IMAGES), pre_logits=True)
+    expected = nn.functional.cross_entropy(net(IMAGES), TARGETS) + 0.5 * FeatureEntropyLoss()(features)
+    torch.testing.assert_close(loss(net, IMAGES, TARGETS), expected)
+
+
+def test_a_run_with_all_of_it_resumes_to_the_same_weights(images: Path, tmp_path: Path) -> None:
+    changes = {
+        "epochs": 3,
+        "model_kwargs": ("projector=mlp", "feature_norm=True", "logit_scale=8", "frame=orthonormal"),
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "feature_entropy": 0.05,
+    }
+    straight, broken = config(images, tmp_path / "straight", **changes), config(images, tmp_path / "broken", **changes)
+    pretrain(straight)
+
+    class Stop(Exception):
+        pass
+
+    from timm_etf.pretrain import checkpoint
+
+    save = checkpoint.save
+
+    def save_and_stop(*args: object) -> None:
+        save(*args)  # type: ignore[arg-type]
+        raise Stop
+
+    checkpoint.save = save_and_stop  # type: ignore[assignment]
+    try:
+        with pytest.raises(Stop):
+            pretrain(broken)
+    finally:
+        checkpoint.save = save
+    pretrain(config(images, tmp_path / "broken", resume=True, **changes))
+    ours, theirs = weights(tmp_path / "broken"), weights(tmp_path / "straight")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert [line["top1"] for line in lines(tmp_path / "broken")] == [
+        line["top1"] for line in lines(tmp_path / "straight")
+    ]
+    net = timm_etf.create_model(f"local-dir:{tmp_path / 'broken' / 'export'}", pretrained=True)
+    assert net.num_classes == 0
+
+
+def test_a_thousand_classes_on_a_narrow_whitened_backbone(images: Path, tmp_path: Path) -> None:
+    # More classes than 2d, whitening and dot regression together, through to an export that loads.
+    pretrain(
+        config(
+            images,
+            tmp_path / "run",
+            model="test_resnet_sw_etf",
+            num_classes=300,
+            loss="dot_regression",
+            model_kwargs=("feature_norm=True",),
+        )
+    )
+    net = timm_etf.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
+    assert net.fc.frame == "spherical_code"
+    assert net.fc.feature_norm
