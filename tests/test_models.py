@@ -44,6 +44,8 @@ def test_several_classifiers_in_one_row() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(UsageError, match="No architecture matches 'resnet5'"):
         coverage("resnet5")
+    with pytest.raises(UsageError, match="gemma4_vit_167m_enc is left out: an encoder"):
+        coverage("gemma4_vit_167m_enc")
     with pytest.raises(UsageError, match="at least 2 classes"):
         coverage("resnet50", 1)
 

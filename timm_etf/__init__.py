@@ -1,13 +1,15 @@
 """Image backbones pretrained under a fixed (simplex ETF) classifier: a timm plugin.
 
 Importing this package registers `<arch>_etf` for timm's architectures, so that
-`timm.create_model("resnet50_etf", num_classes=100)` gives a ResNet-50 whose classifier is a frozen frame.
+`timm.create_model("resnet50_etf", num_classes=100)` gives a ResNet-50 whose classifier is a frozen frame, and
+`<resnet>_sw` with switchable whitening.
 """
 
 from timm_etf import frames
 from timm_etf import variants as variants
-from timm_etf.classifier import FixedClassifier, fix_classifier, free_classifier
+from timm_etf.classifier import fix_classifier, free_classifier
 from timm_etf.errors import UsageError
+from timm_etf.heads import FixedClassifier
 from timm_etf.hub.load import create_model
 from timm_etf.models import coverage
 

@@ -1,247 +1,19 @@
-"""`FixedClassifier`: a linear classifier that never trains, and the functions that put one into a timm model."""
+"""Putting a fixed classifier into a timm model, and taking it out again."""
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_etf import frames
 from timm_etf.errors import UsageError
+from timm_etf.heads import FixedClassifier, Head, LearnedClassifier, Projector, plain_layer, projected_width
 
-__all__ = [
-    "FixedClassifier",
-    "LearnedClassifier",
-    "classifier_names",
-    "fix_classifier",
-    "fixed_classifiers",
-    "free_classifier",
-    "heads",
-]
-
-Projector = Literal["linear", "mlp"]
-
-_PROJECTED = 2048
-"""Width of a projector's hidden layer, and the most it widens its output so that a simplex fits."""
+__all__ = ["classifier_names", "fix_classifier", "fixed_classifiers", "free_classifier", "place", "placed"]
 
 _logger = logging.getLogger(__name__)
-
-
-class _Head(nn.Module):
-    """What the two classifiers share: projector, feature normalisation and the product with the weight.
-
-    The projector's parameters are the only ones beside the plain layer's own `weight` and `bias`; it lies inside the
-    classifier, so that `forward_head(pre_logits=True)` of the model still gives the backbone's features.
-    """
-
-    is_conv: Final[bool]
-    feature_norm: Final[bool]
-    weight: Tensor
-    bias: Tensor | None
-    __jit_unused_properties__ = ("scale",)
-
-    def __init__(self, weight: Tensor, in_features: int, feature_norm: bool, projector: Projector | None) -> None:
-        super().__init__()
-        if weight.dim() not in (2, 4) or tuple(weight.shape[2:]) not in ((), (1, 1)):
-            raise UsageError(f"A classifier takes weight [K, d] or [K, d, 1, 1], got {list(weight.shape)}.")
-        self.in_features, self.out_features = in_features, weight.shape[0]
-        self.is_conv = weight.dim() == 4
-        self.feature_norm = feature_norm
-        self.projector_kind = projector
-        self.projector = None if projector is None else _projector(projector, in_features, weight)
-
-    def _features(self, x: Tensor) -> Tensor:
-        if self.projector is not None:
-            x = self.projector(x)
-        # In float32 at least: the squares of a wide half-precision feature overflow.
-        return F.normalize(x.float(), dim=1 if self.is_conv else -1).to(x.dtype) if self.feature_norm else x
-
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, self.bias) if self.is_conv else F.linear(x, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows between the brackets."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-            f"{', kernel_size=(1, 1)' if self.is_conv else ''}{', feature_norm=True' if self.feature_norm else ''}"
-        )
-
-
-class FixedClassifier(_Head):
-    r"""Linear classifier whose weight is a frame: K class directions that are never updated.
-
-    .. math:: \mathrm{logits}(x) = s W f(x), \qquad f(x) = \mathrm{projector}(x), \text{ or that divided by its norm}
-
-    It stands where a timm model had its `nn.Linear` (or 1x1 `nn.Conv2d`) and keeps that layer's state-dict keys:
-    `weight`, which is s W, and, where the plain layer had one, a zero `bias`. Both are buffers, so there is nothing to
-    optimise, decay or synchronise, and without feature normalisation and projector a checkpoint of this model loads in
-    plain timm and gives the same logits.
-
-    A state dict whose weight is not a frame of this kind is refused on load: a learned classifier would otherwise
-    silently replace the frame.
-
-    Args:
-        weight: Frame times logit scale, of shape [K, d], or [K, d, 1, 1] for a convolutional classifier.
-        bias: Whether the plain layer had a bias; then a zero `bias` of shape [K] is kept.
-        frame: Name of the frame, for the record.
-        seed: Seed that the frame was drawn with, for the record; None where it is not known.
-        feature_norm: Divide the features by their norm, so that the logits are s times cosines.
-        learn_scale: Multiply the logits by a learned factor as well, the parameter `logit_scale`, which starts at 1.
-        projector: `"linear"` or `"mlp"` (Linear 2048, BatchNorm, GELU, Linear): trained with the backbone and
-            discarded at export.
-        in_features: Width of the features; needed with a projector alone, whose output has the weight's width.
-
-    Shape:
-        - Input: [*, d] for a matrix weight ([B, d] with an MLP projector), [B, d, H, W] for a convolutional one.
-        - Output: [*, K], or [B, K, H, W].
-
-    Example:
-        >>> head = FixedClassifier(frames.simplex(10, 64).float())
-        >>> head(torch.zeros(2, 64)).shape, sum(p.numel() for p in head.parameters())
-        (torch.Size([2, 10]), 0)
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        *,
-        bias: bool = False,
-        frame: str = "simplex",
-        seed: int | None = None,
-        feature_norm: bool = False,
-        learn_scale: bool = False,
-        projector: Projector | None = None,
-        in_features: int | None = None,
-    ) -> None:
-        super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
-        self.frame = frame
-        self.seed = seed
-        # Contiguous, because safetensors refuses anything else.
-        self.register_buffer("weight", weight.detach().contiguous())
-        self.register_buffer("bias", weight.new_zeros(weight.shape[0]) if bias else None)
-        self.logit_scale = nn.Parameter(weight.new_ones(())) if learn_scale else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of the features `x`: see the class for shapes."""
-        x = self._features(x)
-        if self.logit_scale is not None:
-            x = x * self.logit_scale
-        return self._product(x, self.weight)
-
-    @property
-    def scale(self) -> float:
-        """Logit scale s: the norm of the weight's rows (six digits), times the learned factor where there is one."""
-        learned = 1.0 if self.logit_scale is None else self.logit_scale.item()
-        return float(f"{self.weight.flatten(1).double().norm(dim=1).mean().item() * learned:.6g}")
-
-    @torch.no_grad()
-    def plain_weight(self) -> Tensor:
-        """The weight with which a plain layer gives these logits (with feature normalisation: logits in this ratio)."""
-        return self.weight if self.logit_scale is None else self.weight * self.logit_scale
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows between the brackets."""
-        scale = "" if self.weight.is_meta else f", scale={self.scale:.3g}"
-        return f"{super().extra_repr()}, frame={self.frame!r}, seed={self.seed}{'' if scale == ', scale=1' else scale}"
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
-        if weight is not None and weight.shape == self.weight.shape and not (weight.is_meta or self.weight.is_meta):
-            if not self.accepts(weight, bias):
-                error_msgs.append(
-                    f"{prefix}weight is no {self.frame} frame, so it cannot be this model's fixed classifier. For the "
-                    "backbone of an ordinary checkpoint: load it into the plain architecture, then call "
-                    "timm_etf.fix_classifier(model)."
-                )
-                return
-            if not torch.allclose(weight.float(), self.weight.to(weight.device).float(), rtol=1e-2, atol=1e-3):
-                self.seed = None  # the same kind of frame under another rotation: taken, but no longer this seed's
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def accepts(self, weight: Tensor, bias: Tensor | None = None) -> bool:
-        """Whether a stored weight (and bias) can be this classifier's: its kind of frame, at any rotation and scale."""
-        if bias is not None and bias.any():
-            return False
-        return frames.matches(weight.flatten(1), self.frame, frames.coherence(self.weight[:1000].flatten(1)))
-
-
-class LearnedClassifier(_Head):
-    r"""The control beside `FixedClassifier`: a trained weight with the same scale, normalisation and projector.
-
-    .. math:: \mathrm{logits}(x) = s W f(x) + b, \qquad \text{or } s \hat W \hat f(x) \text{ with feature normalisation}
-
-    Args:
-        weight: Initial weight of shape [K, d] or [K, d, 1, 1].
-        bias: Initial bias [K], or None; feature normalisation leaves it out.
-        scale: Logit scale s.
-        feature_norm: Divide the features and the rows of the weight by their norms (a cosine classifier).
-        projector: As for `FixedClassifier`.
-        in_features: As for `FixedClassifier`.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        scale: float = 1.0,
-        feature_norm: bool = False,
-        projector: Projector | None = None,
-        in_features: int | None = None,
-    ) -> None:
-        super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
-        self.scale = scale
-        self.weight = nn.Parameter(weight.detach().clone())
-        if bias is None or feature_norm:  # cosines have none, but the plain layer's key stays
-            self.register_buffer("bias", None if bias is None else torch.zeros_like(bias))
-        else:
-            self.bias = nn.Parameter(bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of the features `x`."""
-        weight = F.normalize(self.weight, dim=1) if self.feature_norm else self.weight
-        return self._product(self._features(x) * self.scale, weight)
-
-    @torch.no_grad()
-    def plain_weight(self) -> Tensor:
-        """The weight with which a plain layer gives these logits (with feature normalisation: logits in this ratio)."""
-        return self.scale * (F.normalize(self.weight, dim=1) if self.feature_norm else self.weight)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows between the brackets."""
-        return f"{super().extra_repr()}, scale={self.scale:.4g}"
-
-
-def _projector(kind: Projector, in_features: int, weight: Tensor) -> nn.Module:
-    """Projector from the features to the weight's width: the MLP is t-ReX's, with one hidden layer."""
-    conv, width = weight.dim() == 4, weight.shape[1]
-    to = {"device": weight.device, "dtype": weight.dtype}
-
-    def layer(n: int, m: int) -> nn.Module:
-        return nn.Conv2d(n, m, 1, bias=False, **to) if conv else nn.Linear(n, m, bias=False, **to)  # type: ignore[arg-type]
-
-    if kind == "linear":
-        return layer(in_features, width)
-    norm = nn.BatchNorm2d if conv else nn.BatchNorm1d
-    return nn.Sequential(
-        layer(in_features, _PROJECTED),
-        norm(_PROJECTED, **to),  # type: ignore[arg-type]
-        nn.GELU(),
-        layer(_PROJECTED, width),
-    )
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -316,8 +88,8 @@ def fix_classifier(
     replaced: dict[str, FixedClassifier | LearnedClassifier] = {}
     for name, head in _plain_heads(model):
         num_classes = head.weight.shape[0]
-        dim = head.in_features if isinstance(head, _Head) else head.weight.shape[1]
-        width = dim if projector is None else max(dim, min(num_classes - 1, _PROJECTED))
+        dim = head.in_features if isinstance(head, Head) else head.weight.shape[1]
+        width = projected_width(projector, dim, num_classes)
         shared: dict[str, Any] = {"feature_norm": feature_norm, "projector": projector, "in_features": dim}
         shape = (num_classes, width, *head.weight.shape[2:])
         if learned:
@@ -403,25 +175,12 @@ def free_classifier(model: nn.Module) -> nn.Module:
     return model
 
 
-def plain_layer(head: FixedClassifier | LearnedClassifier) -> nn.Linear | nn.Conv2d:
-    """An `nn.Linear` or 1x1 `nn.Conv2d` with a classifier's weights: the same logits, but for feature normalisation."""
-    layer = nn.Conv2d if head.is_conv else nn.Linear
-    kwargs: dict[str, Any] = {"kernel_size": 1} if head.is_conv else {}
-    with torch.device(head.weight.device):
-        plain = layer(head.in_features, head.out_features, bias=head.bias is not None, **kwargs).to(head.weight.dtype)
-    with torch.no_grad():
-        plain.weight.copy_(head.plain_weight())
-        if head.bias is not None:
-            plain.bias.copy_(head.bias)  # type: ignore[union-attr]
-    return plain
-
-
 def fixed_classifiers(model: nn.Module) -> Iterator[tuple[str, FixedClassifier]]:
     """Name and module of every fixed classifier in `model`, in the order of its modules."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FixedClassifier))
 
 
-def heads(model: nn.Module) -> Iterator[tuple[str, FixedClassifier | LearnedClassifier]]:
+def placed(model: nn.Module) -> Iterator[tuple[str, FixedClassifier | LearnedClassifier]]:
     """Name and module of every classifier that this package put into `model`, fixed or learned."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FixedClassifier | LearnedClassifier))
 
@@ -439,7 +198,7 @@ def _plain_heads(model: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(head, nn.Identity):
             raise UsageError(f"{type(model).__name__} has no classifier to fix: create it with num_classes=N, N >= 2.")
         is_conv1x1 = isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1
-        if not (is_conv1x1 or isinstance(head, nn.Linear | _Head)):
+        if not (is_conv1x1 or isinstance(head, nn.Linear | Head)):
             raise UsageError(
                 f"The classifier {name!r} of {type(model).__name__} is a {type(head).__name__}; only nn.Linear and 1x1 "
                 "nn.Conv2d classifiers can be fixed."

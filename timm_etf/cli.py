@@ -41,9 +41,11 @@ def models(pattern: tyro.conf.Positional[str] = "*", num_classes: int = 1000, co
         compute: Compute the spherical codes that are not cached yet: seconds for each width, minutes beyond 20,000
             classes.
     """
-    from timm_etf.models import coverage, table
+    from timm_etf.models import coverage, left_out, table
 
     print(table(coverage(pattern, num_classes, compute=compute), num_classes))
+    for name, reason in left_out(pattern).items():
+        print(f"left out: {name}, {reason}")
     print(f"next: timm.create_model(NAME, num_classes={num_classes}) after import timm_etf")
 
 

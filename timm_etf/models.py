@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import timm
 import torch
@@ -13,7 +14,7 @@ from timm_etf.atomic import write_json
 from timm_etf.classifier import fixed_classifiers
 from timm_etf.errors import UsageError
 from timm_etf.frames.codes import cached_coherence
-from timm_etf.variants import SUFFIX, SW_SUFFIX, base_name
+from timm_etf.variants import SUFFIX, SW_SUFFIX, base_name, skipped
 
 _logger = logging.getLogger(__name__)
 
@@ -64,9 +65,15 @@ def coverage(pattern: str = "*", num_classes: int = 1000, *, compute: bool = Fal
     if SW_SUFFIX not in pattern:  # whitening changes nothing here
         names = [name for name in names if not name.endswith(SW_SUFFIX + SUFFIX)]
     if not names:
-        raise UsageError(f"No architecture matches {pattern!r}: timm.list_models() lists the names.")
+        reasons = "".join(f" {name} is left out: {reason}." for name, reason in left_out(pattern).items())
+        raise UsageError(f"No architecture matches {pattern!r}: timm.list_models() lists the names.{reasons}")
     all_heads = _classifiers(names)
     return [_coverage(name, all_heads[name], num_classes, compute) for name in names]
+
+
+def left_out(pattern: str = "*") -> dict[str, str]:
+    """timm architectures that match but have no `_etf` variant, and why."""
+    return {name: reason for name, reason in skipped.items() if fnmatch(name, base_name(pattern))}
 
 
 def _coverage(name: str, heads: list[tuple[int, bool]], num_classes: int, compute: bool) -> Coverage:

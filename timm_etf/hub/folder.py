@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_etf import frames
 from timm_etf.atomic import atomic_folder, require_new_folder, write_json
-from timm_etf.classifier import fixed_classifiers, heads
+from timm_etf.classifier import fixed_classifiers, placed
 from timm_etf.errors import UsageError
 from timm_etf.hub.card import write_card
 from timm_etf.hub.load import FORMAT
@@ -72,12 +72,12 @@ def export(
             "configuration cannot be written."
         )
     trained = model
-    if any(head.projector is not None for _, head in heads(model)):
+    if any(head.projector is not None for _, head in placed(model)):
         model = copy.deepcopy(model)
         model.reset_classifier(0)  # type: ignore[operator]
         label_names = None
     tensors = model.state_dict()
-    for name, head in heads(model):
+    for name, head in placed(model):
         tensors[f"{name}.weight"] = head.plain_weight()
         tensors.pop(f"{name}.logit_scale", None)
     with atomic_folder(folder) as new:

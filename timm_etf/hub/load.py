@@ -10,8 +10,9 @@ from timm.models._hub import download_from_hf
 from torch import nn
 
 from timm_etf import frames
-from timm_etf.classifier import FixedClassifier, classifier_names, fix_classifier, place
+from timm_etf.classifier import classifier_names, fix_classifier, place
 from timm_etf.errors import UsageError
+from timm_etf.heads import FixedClassifier
 
 FORMAT = 1
 """Version of the `etf` block this package writes; it reads this one and older."""

@@ -20,7 +20,7 @@ class PretrainConfig:
     """
 
     model: str
-    """timm architecture: resnet50_etf has a fixed simplex ETF classifier, resnet50 a learned one."""
+    """timm architecture: resnet50_etf has a fixed classifier, resnet50 a learned one, resnet50_sw whitening."""
     out: Path
     """Run folder, new or empty (or, with --resume, the one to continue)."""
     data_dir: Path | None = None
