@@ -187,6 +187,7 @@ for tensor in (net.fc.weight.detach(), net.fc.weight.grad):
     both = [torch.zeros_like(tensor) for _ in range(2)]
     dist.all_gather(both, tensor.contiguous())
     assert torch.equal(*both)
+del ddp  # while the group is there: its threads end with it
 dist.barrier()
 dist.destroy_process_group()
 print("done", rank)

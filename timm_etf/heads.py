@@ -43,8 +43,8 @@ class Head(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         if self.projector is not None:
             x = self.projector(x)
-        # In float32 at least: the squares of a wide half-precision feature overflow.
-        return F.normalize(x.float(), dim=1 if self.is_conv else -1).to(x.dtype) if self.feature_norm else x
+        # The smallest norm is one that float16 can hold, so that a feature of zeros gives zeros there too.
+        return F.normalize(x, dim=1 if self.is_conv else -1, eps=1e-6) if self.feature_norm else x
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, self.bias) if self.is_conv else F.linear(x, weight, self.bias)

@@ -96,7 +96,7 @@ def test_orbit_orders_leave_enough_generators_and_dimensions() -> None:
 def test_codes_are_cached_and_a_damaged_cache_is_made_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert codes.cached_coherence(30, 7) is None
     w = frames.spherical_code(30, 7)
-    [file] = cache.iterdir()
+    [file] = cache.glob("*.safetensors")
     assert codes.cached_coherence(30, 7) == pytest.approx(frames.coherence(w), abs=1e-6)
     written = file.stat().st_mtime_ns
     assert torch.equal(frames.spherical_code(30, 7), w)
@@ -131,4 +131,18 @@ def test_a_kill_while_computing_leaves_no_cache_file(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
         process.kill()
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+def test_processes_that_want_one_code_share_it(tmp_path: Path) -> None:
+    env = os.environ | {"HF_ASSETS_CACHE": str(tmp_path)}
+    code = (
+        "import logging; from timm_etf.frames import codes, spherical_code\n"
+        "real = codes._optimise\n"
+        "codes._optimise = lambda *a, **k: print('computed', flush=True) or real(*a, **k)\n"
+        "print(spherical_code(200, 30).sum().item())"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    printed = "".join(process.communicate(timeout=100)[0] for process in both)
+    assert printed.count("computed") == 1
+    assert len({line for line in printed.splitlines() if line != "computed"}) == 1

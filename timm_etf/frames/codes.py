@@ -10,7 +10,7 @@ Shape suffixes: M generators (B of them in a block), C = d/g blocks of G coordin
 
 import logging
 import math
-import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -109,45 +109,62 @@ def cached_coherence(num_classes: int, dim: int) -> float | None:
 def _path(num_classes: int, dim: int) -> Path:
     from huggingface_hub import cached_assets_path
 
-    folder = cached_assets_path("timm_etf", "frames", "spherical_codes")
+    folder = cached_assets_path("timm_etf", "frames", "spherical_codes")  # made here, if it was not there
     return folder / f"spherical_code{_VERSION}_{num_classes}x{dim}.safetensors"
 
 
 def _generators(num_classes: int, dim: int) -> Tensor:
-    """Generators [M, C, G] of the code, from the cache or computed and then cached."""
-    from safetensors.torch import load_file
+    """Generators [M, C, G] of the code, from the cache or computed and then cached.
+
+    Of the processes that want the same code one computes it, and the others wait and read it.
+    """
+    from filelock import FileLock
 
     order = _orbit_order(num_classes, dim)
     shape = (-(-num_classes // order), dim // order, order)
-    try:
-        path = _path(num_classes, dim)
-        if path.exists():
-            x_MCG = load_file(path)["generators"]
-            if x_MCG.shape == shape and (x_MCG.double().square().sum(dim=(1, 2)) - 1).abs().max() < 1e-4:
-                return x_MCG
-            raise ValueError("wrong contents")
-    except Exception as e:  # damaged (safetensors has an exception of its own) or unreadable: it can be made again
-        _logger.warning(f"The cached spherical code for {num_classes} x {dim} is not usable ({e}): computed again.")
-    x_MCG = _optimise(*shape, name=f"spherical code {num_classes} x {dim}")
-    _store(x_MCG, num_classes, dim)
+    name = f"spherical code {num_classes} x {dim}"
+    with ExitStack() as stack:
+        try:
+            path = _path(num_classes, dim)
+            stack.enter_context(FileLock(f"{path}.lock"))
+        except (OSError, ValueError) as e:  # ValueError: where the folder should be there is a file
+            _logger.warning(f"The {name} was not cached ({e}): it is computed again each time.")
+            return _optimise(*shape, name=name)
+        x_MCG = _load(path, shape)
+        if x_MCG is None:
+            x_MCG = _optimise(*shape, name=name)
+            try:
+                _store(x_MCG, path)
+            except Exception as e:  # a full disk (safetensors has an exception of its own): the code itself is there
+                _logger.warning(f"The {name} was not cached ({e}): it is computed again next time.")
     return x_MCG
 
 
-def _store(x_MCG: Tensor, num_classes: int, dim: int) -> None:
+def _load(path: Path, shape: tuple[int, int, int]) -> Tensor | None:
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        return None
+    try:
+        x_MCG = load_file(path)["generators"]
+        if x_MCG.shape != shape or not (x_MCG.double().square().sum(dim=(1, 2)) - 1).abs().max() < 1e-4:
+            raise ValueError("it does not hold unit vectors")
+    except Exception as e:  # damaged: safetensors has an exception of its own
+        _logger.warning(f"{path} is not usable ({e}): the code is computed again.")
+        return None
+    return x_MCG
+
+
+def _store(x_MCG: Tensor, path: Path) -> None:
     from safetensors.torch import save_file
 
     coherence, _ = _soft_maximum_gradient(x_MCG.double(), 1.0)
+    part = path.with_name(f"{path.name}.part")
     try:
-        path = _path(num_classes, dim)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            save_file({"generators": x_MCG}, part, metadata={"coherence": repr(coherence)})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except Exception as e:  # a full disk, a read-only home: the code itself is there
-        _logger.warning(f"The spherical code for {num_classes} x {dim} was not cached ({e}): computed again next time.")
+        save_file({"generators": x_MCG}, part, metadata={"coherence": repr(coherence)})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -163,7 +180,8 @@ def _optimise(generators: int, blocks: int, order: int, *, name: str) -> Tensor:
     cosines = generators**2 * order
     steps = int(min(1500, max(300, 4e9 / cosines)))
     optimizer = torch.optim.Adam([x_MD], betas=(0.9, 0.99))
-    with tqdm(total=steps, desc=name, unit="step", delay=2, mininterval=0.5, leave=False) as bar:
+    bar = tqdm(total=steps, desc=name, unit="step", delay=2, mininterval=0.5, leave=False)
+    with bar, torch.device(device):  # whatever the default device is, meta for one
         for step in range(steps):
             done = step / steps
             beta = sqrt_dim * 250**done

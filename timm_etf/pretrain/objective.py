@@ -46,7 +46,8 @@ class Objective:
             model.get_submodule(classifier_names(model)[0]).register_forward_pre_hook(self._keep_features)
 
     def _keep_features(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.features = inputs[0]
+        if module.training:
+            self.features = inputs[0]
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Loss of images [B, C, H, W] with class indices [B]: a scalar to differentiate."""
