@@ -1,6 +1,8 @@
 """Shared by all tests: no network, and a small set of real image files."""
 
+import atexit
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Workers and the processes they start share few cores, and torch's threads wait for each other by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Spherical codes and widths are cached in this run's own folder: tests neither read nor leave anything elsewhere. The
+# worker processes inherit it.
+if "TIMM_ETF_TEST_CACHE" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="timm_etf-")
+    atexit.register(folder.cleanup)
+    os.environ["HF_ASSETS_CACHE"] = os.environ["TIMM_ETF_TEST_CACHE"] = folder.name
 
 NUM_CLASSES = 5
 

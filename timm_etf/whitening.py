@@ -68,6 +68,7 @@ class SwitchWhiten2d(nn.Module):
     over batch and positions), instance whitening `iw` (of each image), `bn` and `in` (the same with the covariance's
     diagonal alone) and `ln` (one mean and variance for all channels of an image). Batch statistics are running ones in
     evaluation; those start at mean 0 and covariance I, so that an untrained layer evaluates like a fresh BatchNorm.
+    It compiles and exports (torch.export, ONNX); TorchScript and FX tracing cannot follow it.
 
     Args:
         num_features: Channels, a multiple of `group_size`.
