@@ -326,6 +326,9 @@ def test_learned_without_options_is_the_plain_model() -> None:
     net = model()
     plain = net.fc
     assert fix_classifier(net, "learned").fc is plain
+    fix_classifier(fix_classifier(net), "learned")  # from a fixed one: trained from the frame on
+    assert {n for n, _ in net.fc.named_parameters()} == {"weight", "bias"}
+    assert frames.is_simplex(net.fc.weight)
 
 
 def test_a_projector_widens_the_features_so_that_a_simplex_fits() -> None:

@@ -55,7 +55,7 @@ def fix_classifier(
     Args:
         model: A model made by `timm.create_model` with `num_classes` >= 2; changed in place.
         frame: `"auto"`, a name in `timm_etf.frames.FRAMES`, or `"learned"` for the control: a trained classifier with
-            the same scale, normalisation and projector (with none of these the model is left as it is). Or a simplex
+            the same scale, normalisation and projector (with none of these a plain layer is left as it is). Or a simplex
             ETF of your own, [K, d], such as `timm_etf.frames.nearest_simplex(class_means)`.
         seed: Seed of the frame's random rotation.
         logit_scale: Factor s > 0 of the logits, folded into the weight.
@@ -93,7 +93,7 @@ def fix_classifier(
         shared: dict[str, Any] = {"feature_norm": feature_norm, "projector": projector, "in_features": dim}
         shape = (num_classes, width, *head.weight.shape[2:])
         if learned:
-            if feature_norm or projector or logit_scale != 1:
+            if feature_norm or projector or logit_scale != 1 or isinstance(head, Head):
                 weight = head.weight
                 if weight.shape != shape:
                     weight = nn.init.trunc_normal_(weight.new_empty(shape), std=width**-0.5)

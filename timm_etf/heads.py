@@ -237,7 +237,7 @@ def projected_width(projector: Projector | None, dim: int, num_classes: int) -> 
     return dim if projector is None else max(dim, min(num_classes - 1, _PROJECTED))
 
 
-def plain_layer(head: FixedClassifier | LearnedClassifier) -> nn.Linear | nn.Conv2d:
+def plain_layer(head: FixedClassifier) -> nn.Linear | nn.Conv2d:
     """An `nn.Linear` or 1x1 `nn.Conv2d` with a classifier's weights: the same logits, but for feature normalisation."""
     layer = nn.Conv2d if head.is_conv else nn.Linear
     kwargs: dict[str, Any] = {"kernel_size": 1} if head.is_conv else {}
