@@ -55,7 +55,7 @@ def fix_classifier(
     Args:
         model: A model made by `timm.create_model` with `num_classes` >= 2; changed in place.
         frame: `"auto"`, a name in `timm_etf.frames.FRAMES`, or `"learned"` for the control: a trained classifier with
-            the same scale, normalisation and projector (with none of these a plain layer is left as it is). Or a simplex
+            the same scale, normalisation and projector (with none of these a plain layer stays as it is). Or a simplex
             ETF of your own, [K, d], such as `timm_etf.frames.nearest_simplex(class_means)`.
         seed: Seed of the frame's random rotation.
         logit_scale: Factor s > 0 of the logits, folded into the weight.
