@@ -165,6 +165,9 @@ def test_bad_arguments_name_the_fix() -> None:
     ):
         with pytest.raises(UsageError, match=says):
             SwitchWhiten2d(**{"num_features": 32, **kwargs})
+    for shape in ((2, 32, 4, 4), (2, 16, 4)):
+        with pytest.raises(UsageError, match=r"takes \[N, 16, height, width\]"):
+            SwitchWhiten2d(16)(torch.zeros(shape))
     with pytest.raises(UsageError, match="not a BatchNorm2d"):
         whiten_resnet(timm.create_model("resnet50_gn", num_classes=2))
 

@@ -1,6 +1,7 @@
 """Putting a fixed classifier into a timm model, and taking it out again."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -78,8 +79,8 @@ def fix_classifier(
         >>> model.fc
         FixedClassifier(in_features=96, out_features=10, bias=True, frame='simplex', seed=0, scale=16)
     """
-    if not logit_scale > 0:
-        raise UsageError(f"logit_scale must be positive, got {logit_scale}.")
+    if not (isinstance(logit_scale, int | float) and 0 < logit_scale < math.inf):
+        raise UsageError(f"logit_scale must be a positive number, got {logit_scale!r}.")
     if projector not in (None, "linear", "mlp"):
         raise UsageError(f"Unknown projector {projector!r}: use None, 'linear' or 'mlp'.")
     learned = isinstance(frame, str) and frame == "learned"

@@ -83,7 +83,8 @@ class SwitchWhiten2d(nn.Module):
         - Input and output: [N, num_features, height, width].
 
     Raises:
-        UsageError: If the channels are not a multiple of `group_size`, or a candidate or the solver is unknown.
+        UsageError: If the channels are not a multiple of `group_size`, or a candidate or the solver is unknown; or, in
+            `forward`, on another number of channels.
 
     Source:
         Pan et al. 2019, Switchable whitening for deep representation learning (arXiv 1904.09739).
@@ -128,6 +129,8 @@ class SwitchWhiten2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whitened `x`: see the class for shapes."""
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise UsageError(f"SwitchWhiten2d takes [N, {self.num_features}, height, width], got {list(x.shape)}.")
         images, channels, height, width = x.shape
         groups = channels // self.group_size
         # Statistics of half-precision activations need float32, as in any norm layer.

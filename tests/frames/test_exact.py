@@ -136,6 +136,7 @@ def test_drawn_on_the_cpu_under_a_meta_device(name: str) -> None:
         ("simplex", 1000, 512, "at most 513 classes, or frame='auto'"),
         ("auto", 1, 10, "at least 2 classes"),
         ("auto", 10, 0, "at least 1 dimension"),
+        ("auto", 10.5, 20, "whole numbers of classes"),
         ("orthoplex", 21, 10, "12 to 20 classes, not 21: use 'spherical_code'"),
         ("orthoplex", 11, 10, "use 'simplex'"),
         ("spherical_code", 20, 10, "more than 20 classes"),
@@ -159,6 +160,7 @@ def test_impossible_frames_name_the_fix(name: str, num_classes: int, dim: int, s
         torch.randn(10, 64),
         torch.zeros(10, 64),
         frames.simplex(11, 64)[:10],
+        torch.ones(4),
         torch.full((10, 64), torch.nan),
     ],
 )

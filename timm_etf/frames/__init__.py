@@ -119,6 +119,8 @@ def matches(w: Tensor, name: str, cosine: float, tolerance: float = 5e-3) -> boo
         >>> matches(3 * w.bfloat16(), "orthoplex", 0.0), matches(w + 0.3, "orthoplex", 0.0)
         (True, False)
     """
+    if w.dim() != 2 or w.shape[0] < 2:
+        return False
     if name in ("simplex", "uniform_qr"):
         return is_simplex(w, tolerance)
     norms_K = w.detach().float().norm(dim=1)

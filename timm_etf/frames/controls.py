@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from timm_etf.errors import UsageError
-from timm_etf.frames.exact import check, haar
+from timm_etf.frames.exact import check, generator, haar
 
 
 def gaussian(num_classes: int, dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -29,8 +29,7 @@ def gaussian(num_classes: int, dim: int, *, seed: int = 0, dtype: torch.dtype = 
         True
     """
     check(num_classes, dim)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    w_KD = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64, device="cpu")
+    w_KD = torch.randn(num_classes, dim, generator=generator(seed), dtype=torch.float64, device="cpu")
     return torch.nn.functional.normalize(w_KD, dim=1).to(dtype)
 
 
@@ -149,8 +148,7 @@ def uniform_qr(num_classes: int, dim: int, *, seed: int = 0, dtype: torch.dtype 
         raise UsageError(
             f"'uniform_qr' takes at most {dim} classes in {dim} dimensions, not {num_classes}: use 'auto'."
         )
-    generator = torch.Generator("cpu").manual_seed(seed)
-    uniform_DK = torch.rand(dim, num_classes, generator=generator, dtype=torch.float64, device="cpu")
+    uniform_DK = torch.rand(dim, num_classes, generator=generator(seed), dtype=torch.float64, device="cpu")
     u_DK = torch.linalg.qr(uniform_DK).Q
     w_KD = (u_DK - u_DK.mean(dim=1, keepdim=True)).T * math.sqrt(num_classes / (num_classes - 1))
     return w_KD.to(dtype).contiguous()

@@ -117,6 +117,8 @@ def nearest_simplex(class_means: Tensor) -> Tensor:
 
 def check(num_classes: int, dim: int) -> None:
     """Refuse a number of classes or dimensions that no frame has."""
+    if not (hasattr(num_classes, "__index__") and hasattr(dim, "__index__")):
+        raise UsageError(f"A frame has whole numbers of classes and dimensions, got {num_classes!r} and {dim!r}.")
     if num_classes < 2:
         raise UsageError(f"A frame needs at least 2 classes, got num_classes={num_classes}.")
     if dim < 1:
@@ -131,11 +133,17 @@ def _check_simplex(num_classes: int, dim: int) -> None:
         )
 
 
+def generator(seed: int) -> torch.Generator:
+    """A generator of its own for a frame, so that torch's global state is neither read nor changed."""
+    if not hasattr(seed, "__index__") or not -(2**63) <= seed < 2**64:
+        raise UsageError(f"A seed is a whole number of at most 64 bits, got {seed!r}.")
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def haar(dim: int, columns: int, seed: int) -> Tensor:
     """Orthonormal columns [d, M], uniform on the Stiefel manifold (Haar): QR of a Gaussian draw, signs from R."""
-    generator = torch.Generator("cpu").manual_seed(seed)
     # The device is named, so that building a model under `torch.device("meta")` still draws real numbers.
-    gaussian_DM = torch.randn(dim, columns, generator=generator, dtype=torch.float64, device="cpu")
+    gaussian_DM = torch.randn(dim, columns, generator=generator(seed), dtype=torch.float64, device="cpu")
     q_DM, r_MM = torch.linalg.qr(gaussian_DM)
     # LAPACK leaves the sign of each column open; fixing it by R's diagonal is what makes the law Haar.
     return q_DM * torch.sign(r_MM.diagonal())
