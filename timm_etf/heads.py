@@ -64,7 +64,7 @@ class FixedClassifier(Head):
 
     It stands where a timm model had its `nn.Linear` (or 1x1 `nn.Conv2d`) and keeps that layer's state-dict keys:
     `weight`, which is s W, and, where the plain layer had one, a zero `bias`. Both are buffers, so there is nothing to
-    optimise, decay or synchronise, and without feature normalisation and projector a checkpoint of this model loads in
+    optimise, decay or synchronise, and without projector, normalisation and learned scale a state dict of it loads in
     plain timm and gives the same logits.
 
     A state dict whose weight is not a frame of this kind is refused on load: a learned classifier would otherwise
