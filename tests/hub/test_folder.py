@@ -126,6 +126,7 @@ def test_what_folds_into_the_weight_gives_the_same_logits_in_plain_timm(
         assert isinstance(ours.fc, FixedClassifier)
         assert etf["frame"] == net.fc.frame == ours.fc.frame
         assert etf["coherence"] == pytest.approx(timm_etf.frames.coherence(net.fc.weight), abs=1e-6)
+        assert etf["bound"] == timm_etf.frames.bound(num_classes, 96) <= etf["coherence"] + 1e-6
         assert etf["logit_scale"] == pytest.approx(net.fc.scale) == pytest.approx(ours.fc.scale, rel=1e-4)
         untrained = timm_etf.create_model(f"local-dir:{folder}")
         torch.testing.assert_close(untrained.fc.weight, ours.fc.weight, atol=1e-5, rtol=1e-5)

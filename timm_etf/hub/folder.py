@@ -128,6 +128,7 @@ def _etf_block(model: nn.Module, sha256: str, recipe: dict[str, Any] | None) -> 
         "num_classes": first.out_features,
         "dims": {name: head.in_features for name, head in fixed.items()},
         "coherence": max(frames.coherence(head.weight.flatten(1)) for head in fixed.values()),
+        "bound": max(frames.bound(*head.weight.shape[:2]) for head in fixed.values()),
         "logit_scale": first.scale,
         "feature_norm": first.feature_norm,
         "projector": first.projector_kind,

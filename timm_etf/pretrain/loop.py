@@ -31,7 +31,7 @@ from timm_etf.pretrain import checkpoint, data
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
-from timm_etf.variants import base_name
+from timm_etf.variants import SW_SUFFIX, base_name
 
 _logger = logging.getLogger(__name__)
 
@@ -144,10 +144,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 def summary(config: PretrainConfig, results: dict[str, Any]) -> str:
     """What came out of a run and what to type next, in three lines."""
     source, folder = results["source"], config.out / "export"
+    imports = "timm, timm_etf" if base_name(config.architecture).endswith(SW_SUFFIX) else "timm"
     return (
         f"top-1 {source['top1']:.2f} %, top-5 {source['top5']:.2f} % on {source['count']} validation images\n"
         f"model: {folder}\n"
-        f"next:  python -c \"import timm; timm.create_model('local-dir:{folder}', pretrained=True)\""
+        f"next:  python -c \"import {imports}; timm.create_model('local-dir:{folder}', pretrained=True)\""
     )
 
 
