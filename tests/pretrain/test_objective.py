@@ -52,6 +52,7 @@ def test_dot_regression_takes_the_classifiers_scale() -> None:
 @pytest.mark.parametrize("kwargs", [{}, {"projector": "mlp"}, {"frame": "learned"}], ids=str)
 def test_the_entropy_term_is_that_of_the_backbones_features(kwargs: dict[str, object]) -> None:
     net, loss = objective(kwargs=kwargs, feature_entropy=0.5, smoothing=0.0)
+    net.get_classifier().train()  # features are kept while training alone; the backbone's norms stay as they are
     features = net.forward_head(net.forward_features(IMAGES), pre_logits=True)
     expected = nn.functional.cross_entropy(net(IMAGES), TARGETS) + 0.5 * FeatureEntropyLoss()(features)
     torch.testing.assert_close(loss(net, IMAGES, TARGETS), expected)
