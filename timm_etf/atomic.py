@@ -10,7 +10,7 @@ from typing import Any
 
 from timm_etf.errors import UsageError
 
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
 
 
 @contextmanager
@@ -21,8 +21,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     folder that was just stepping aside: it is put back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.parent / f"{_UNFINISHED}{path.name}"
-    old = path.parent / f"{_UNFINISHED}{path.name}.old"
+    new = path.parent / f"{UNFINISHED}{path.name}"
+    old = path.parent / f"{UNFINISHED}{path.name}.old"
     if old.exists() and not path.exists():  # killed between the two renames below
         old.rename(path)
     for leftover in (new, old):

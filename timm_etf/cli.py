@@ -1,6 +1,7 @@
 """`timm-etf VERB`: one thin function per verb, and nothing heavy imported before it is known."""
 
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -50,16 +51,35 @@ def models(pattern: tyro.conf.Positional[str] = "*", num_classes: int = 1000, co
 
 
 @app.command(name="data")
-def data(root: Path) -> None:
-    """Build the embedded pictograms and the demo's transfer targets as image folders.
+def data(
+    action: tyro.conf.Positional[Literal["build"]],
+    suite: tyro.conf.Positional[Literal["embedded", "offline"]],
+    root: Path,
+    seed: int = 0,
+) -> None:
+    """Build images to pretrain on and to transfer to, for machines that have none.
 
     Args:
+        action: What to do.
+        suite: embedded, the demo's images, from fonts that PyPI packages ship; or offline, six times as many, from npm,
+            Debian and PyPI packages that are downloaded for it.
         root: Folder that receives one folder per data set.
+        seed: Seed of the offline suite's splits.
     """
-    from timm_etf.data import build_pictograms, build_targets
+    from timm_etf import data
 
-    for folder in (build_pictograms(root), *build_targets(root).values()):
+    missing: dict[str, str] = {}
+    if suite == "embedded":
+        built = data.build_pictograms(root), *data.build_targets(root).values()
+    else:
+        folders, missing = data.build_offline(root, seed=seed)
+        built = tuple(folders.values())
+    for folder in built:
         print(folder)
+    for name, reason in missing.items():
+        print(f"not built: {name}: {reason}")
+    if suite == "offline" and built:
+        print(f"next: timm-etf transfer --models NAME ... --targets offline --data-root {root} --out OUT")
 
 
 def main() -> None:

@@ -4,13 +4,15 @@ import hashlib
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_etf.atomic import atomic_folder, write_json, write_text
+from tqdm import tqdm
+
+from timm_etf.atomic import UNFINISHED, atomic_folder, write_json, write_text
 from timm_etf.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Origin:
 
     Attributes:
         family: Project that drew them; drawings of one family never occur in two splits of a data set.
-        package: PyPI package that ships them.
+        package: Package that ships them.
         licence: SPDX name of the drawings' licence.
         url: Home of the project.
     """
@@ -46,13 +48,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where it goes and its pixels, uint8 of shape [SIZE, SIZE], 255 is paper and 0 ink."""
+    """One image: where it goes and its pixels, uint8 [h, w] (255 is paper, 0 is ink) or [h, w, 3] in colour."""
 
     split: str
     label: str
     family: str
     name: str
     pixels: "NDArray[np.uint8]"
+
+    def in_split(self, split: str) -> "Item":
+        """The same image in another split."""
+        return replace(self, split=split)
 
 
 def package_folder(package: str, module: str) -> Path:
@@ -102,43 +108,56 @@ def glyph(font: Any, character: str) -> "NDArray[np.uint8] | None":
     return fit(image)
 
 
-def open_font(path: Path) -> Any:
-    """PIL font at the size that `glyph` draws."""
+def open_font(path: Path, index: int = 0) -> Any:
+    """PIL font at the size that `glyph` draws; `index` chooses from a collection."""
     from PIL import ImageFont
 
-    return ImageFont.truetype(str(path), _DRAWN_SIZE, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(path), _DRAWN_SIZE, index=index, layout_engine=ImageFont.Layout.BASIC)
 
 
-def build(folder: Path, origins: Iterable[Origin], items: Callable[[], Iterable[Item]]) -> Path:
+def installed(origins: Iterable[Origin]) -> dict[str, str]:
+    """Versions of the PyPI packages that drawings come from.
+
+    Raises:
+        UsageError: If one is not installed.
+    """
+    try:
+        return {p: version(p) for p in sorted({o.package for o in origins})}
+    except PackageNotFoundError as e:
+        raise UsageError(f"The embedded images need {e.name}: pip install 'timm_etf[demo]'") from None
+
+
+def build(
+    folder: Path, packages: Mapping[str, str], make: Callable[[], tuple[Iterable[Origin], Iterable[Item]]]
+) -> Path:
     """Write a data set, unless the same builder wrote it there before from the same packages.
 
     Args:
         folder: Where it goes: `folder/split/label/family-name.png`, `dataset.json` and `LICENSES.md`.
-        origins: Where its drawings come from.
-        items: Makes the images; called only if the data set is not there.
+        packages: Versions of the packages its drawings come from, and whatever else decides what is drawn.
+        make: Gives the drawings' origins and the images; called only if the data set is not there.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: If the folder holds something else, or a package is not installed.
+        UsageError: If the folder holds something else.
     """
-    origins = sorted(origins, key=lambda o: o.family)
-    try:
-        packages = {p: version(p) for p in sorted({o.package for o in origins})}
-    except PackageNotFoundError as e:
-        raise UsageError(f"The embedded images need {e.name}: pip install 'timm_etf[demo]'") from None
-    made_from = {"name": folder.name, "builder": BUILDER_VERSION, "packages": packages}
+    made_from = {"name": folder.name, "builder": BUILDER_VERSION, "packages": dict(packages)}
     if folder.exists():
         found = _record(folder)
         if found is None or found.get("name") != folder.name or "builder" not in found:
             raise UsageError(f"{folder} exists and is not a built data set: move it, or choose another root.")
         if all(found.get(k) == v for k, v in made_from.items()):
             return folder
+    origins, items = make()
     with atomic_folder(folder) as new:
-        summary = _write(new, items())
+        summary = _write(new, items)
         write_json(new / "dataset.json", made_from | summary)
-        rows = [f"| {o.family} | {o.licence} | {o.package} {packages[o.package]} | {o.url} |" for o in origins]
+        rows = [
+            f"| {o.family} | {o.licence} | {o.package} {packages[o.package]} | {o.url} |"
+            for o in sorted(origins, key=lambda o: o.family)
+        ]
         table = "\n".join(["| family | licence | package | project |", "|---|---|---|---|", *rows])
         write_text(new / "LICENSES.md", f"# {folder.name}\n\nThese images are drawn from:\n\n{table}\n")
     return folder
@@ -159,7 +178,8 @@ def _write(folder: Path, items: Iterable[Item]) -> dict[str, Any]:
     digest = hashlib.sha256()
     counts: dict[str, Counter[str]] = {}
     families: dict[str, set[str]] = {}
-    for item in sorted(items, key=lambda i: (i.split, i.label, i.family, i.name)):
+    items = sorted(items, key=lambda i: (i.split, i.label, i.family, i.name))
+    for item in tqdm(items, desc=f"writing {folder.name.removeprefix(UNFINISHED)}", unit="img", leave=False):
         path = folder / item.split / item.label / f"{item.family}-{item.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(item.pixels).save(path)

@@ -8,7 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from timm_etf.data import image_folder
+from timm_etf.data.duplicates import without_copies
 from timm_etf.data.image_folder import Item, Origin, package_folder
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ SOURCE_CLASSES = 250
 
 NOVEL_CLASSES = 110
 
-_COPY, _NEAR_COPY = 0.99, 0.97
+ORDER = ("validation", "train", "test", "train-novel")
+"""Held-out drawings first, so that a copy is taken out of training; the source before the target."""
 
 HELD_OUT = frozenset({"lucide", "remix", "bootstrap", "codicon"})
 """Families that nothing trains on: `pictograms/validation` and `pictograms-novel/test`."""
@@ -157,8 +159,9 @@ def build_pictograms(root: str | Path) -> Path:
             made.extend(_select())
         return made
 
-    source = image_folder.build(root / "pictograms", ORIGINS, lambda: both()[0])
-    image_folder.build(root / "pictograms-novel", ORIGINS, lambda: both()[1])
+    packages = image_folder.installed(ORIGINS)
+    source = image_folder.build(root / "pictograms", packages, lambda: (ORIGINS, both()[0]))
+    image_folder.build(root / "pictograms-novel", packages, lambda: (ORIGINS, both()[1]))
     return source
 
 
@@ -197,38 +200,14 @@ def _select() -> tuple[list[Item], list[Item]]:
                 if pixels is not None:
                     split = held_out if drawing.family in HELD_OUT else trained
                     items.append(Item(split, label, drawing.family, drawing.name, pixels))
-    items = _without_duplicates(items)
+    items = without_copies(items, ORDER)
     source = [i for i in items if i.split in ("train", "validation")]
-    novel = [i if i.split == "test" else replace(i, split="train") for i in items if i.split in ("test", "train-novel")]
+    novel = [i.in_split(i.split.removesuffix("-novel")) for i in items if i.split in ("test", "train-novel")]
     return _complete(source, "validation"), _complete(novel, "test")
 
 
 def _spans_both_splits(families: set[str]) -> bool:
     return bool(families & HELD_OUT) and len(families - HELD_OUT) >= 2
-
-
-def _without_duplicates(items: list[Item]) -> list[Item]:
-    """Drop every drawing that looks like an earlier one: the same picture under two weights, names or families.
-
-    Held-out drawings come first in the order, so that a copy is taken out of training rather than out of the test, and
-    the source comes before the novel target. Two drawings are alike if their centred 16 x 16 thumbnails have a cosine
-    above `_COPY`, or above `_NEAR_COPY` where one of them would be trained on and the other tested.
-    """
-    import numpy as np
-
-    order = {"validation": 0, "train": 1, "test": 2, "train-novel": 3}
-    items = sorted(items, key=lambda i: order[i.split])
-    splits = np.array([order[i.split] for i in items])
-    pixels = np.stack([i.pixels for i in items]).reshape(len(items), 16, 4, 16, 4)
-    vectors = pixels.mean(axis=(2, 4), dtype=np.float32).reshape(len(items), -1)
-    vectors -= vectors.mean(axis=1, keepdims=True)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-    keep = np.ones(len(items), dtype=bool)
-    for start in range(0, len(items), 1024):  # blocks bound the memory of the product
-        rows = slice(start, start + 1024)
-        limit = np.where(splits[rows, None] == splits, _COPY, _NEAR_COPY)
-        keep[rows] = ~np.tril(vectors[rows] @ vectors.T > limit, k=start - 1).any(axis=1)
-    return [item for item, kept in zip(items, keep, strict=True) if kept]
 
 
 def _complete(items: list[Item], held_out: str) -> list[Item]:

