@@ -1,5 +1,6 @@
 """`timm-etf VERB`: one thin function per verb, and nothing heavy imported before it is known."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,67 @@ def demo(out: Path, resume: bool = False) -> None:
     from timm_etf.demo import run
 
     run(out, resume=resume)
+
+
+@app.command(name="transfer")
+def transfer(
+    models: tuple[str, ...],
+    targets: tuple[str, ...],
+    out: Path,
+    protocols: tuple[Literal["probe", "knn", "finetune", "fewshot"], ...] = ("probe", "knn", "fewshot"),
+    seeds: int = 3,
+    data_root: Path = Path("data"),
+    features: Path | None = None,
+    depths: int = 0,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    batch_size: int = 256,
+    workers: int = 2,
+    finetune_steps: int = 500,
+    finetune_batch_size: int = 64,
+) -> None:
+    """Tell whether one backbone transfers better than another: tables with intervals, results.json, pictures.
+
+    Run again, it computes only what is missing; a run that was stopped continues.
+
+    Args:
+        models: [LABEL=]NAME[,ARGUMENT=VALUE...]: any timm name, local-dir:FOLDER or hf-hub:REPO. The first is what the
+            others are compared with; several under one label are training seeds of one method.
+        targets: Names (cifar10, flowers102, ...; or the suites offline, embedded, hub), image folders, folders of
+            parquet files, or Hub data set ids; each may have fields behind it, as in
+            DATA,test=validation,metric=mean_per_class.
+        out: Folder of the results and the report.
+        protocols: How to measure.
+        seeds: Repetitions of what is random in a protocol.
+        data_root: Folder that `timm-etf data build` filled.
+        features: Folder of the feature cache, to share it between runs; by default in OUT.
+        depths: Number of layers before the pre-logits to probe, too, evenly spaced.
+        precision: Of the models' computations; features are stored as float32.
+        batch_size: Images per forward pass.
+        workers: Loader processes.
+        finetune_steps: Optimizer steps of each fine-tuning.
+        finetune_batch_size: Images per step of it.
+    """
+    from timm_etf.transfer import run
+    from timm_etf.transfer.finetune import Budget
+
+    budget = Budget(finetune_steps, finetune_batch_size, workers)
+    settings = run.Settings(
+        models=models,
+        targets=targets,
+        protocols=protocols,
+        out=out,
+        seeds=seeds,
+        data_root=data_root,
+        features=features,
+        depths=depths,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        budget=budget,
+    )
+    report = run.run(settings)
+    if os.environ.get("RANK", "0") == "0":
+        print(run.summary(report, out))
 
 
 @app.command(name="models")

@@ -23,8 +23,8 @@ HEADS = {"learned": "resnet10t", "ETF": "resnet10t_etf"}
 
 SEED = 0
 PROTOCOL = (
-    "Linear probe: logistic regression on the standardised features before the classifier, weight decay chosen on a "
-    "fifth of the target's training split. Interval: bootstrap over test images."
+    "Linear probe: logistic regression on the standardised features before the classifier, strength of "
+    "regularisation chosen on a fifth of the target's training split. Interval: bootstrap over test images."
 )
 
 
@@ -87,10 +87,10 @@ def run(out: Path, *, resume: bool = False) -> dict[str, Any]:
         "targets": [
             {
                 "target": target,
-                "classes": probes["ETF"][target].num_classes,
+                "classes": len(set(probes["ETF"][target].y.tolist())),
                 "count": len(probes["ETF"][target].correct),
                 **{
-                    head: {"accuracy": by_target[target].accuracy, "interval": by_target[target].interval()}
+                    head: {"accuracy": by_target[target].accuracy(), "interval": by_target[target].interval()}
                     for head, by_target in probes.items()
                 },
                 "difference": _difference(probes["learned"][target], probes["ETF"][target]),
@@ -108,12 +108,14 @@ def run(out: Path, *, resume: bool = False) -> dict[str, Any]:
     return results
 
 
-def _probe(folder: Path, targets: dict[str, Path]) -> dict[str, transfer.Probe]:
+def _probe(folder: Path, targets: dict[str, Path]) -> dict[str, transfer.Result]:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    return {
-        name: transfer.linear_probe(*(transfer.extract(model, root, split, workers=0) for split in ("train", "test")))
-        for name, root in targets.items()
-    }
+    probes = {}
+    for name, root in targets.items():
+        splits = transfer.open_splits(transfer.Target(name, str(root)))
+        train, test = (transfer.features_of(model, images, workers=0) for images in splits)
+        probes[name] = transfer.linear_probe(train, test)
+    return probes
 
 
 @torch.inference_mode()
@@ -126,7 +128,7 @@ def _reload(folder: Path) -> bool:
     return has_block == any(fixed_classifiers(ours)) and torch.equal(plain(images), ours(images))
 
 
-def _difference(learned: transfer.Probe, etf: transfer.Probe) -> dict[str, Any]:
+def _difference(learned: transfer.Result, etf: transfer.Result) -> dict[str, Any]:
     mean, interval = transfer.paired_difference(learned, etf)
     return {"accuracy": mean, "interval": interval}
 

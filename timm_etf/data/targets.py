@@ -10,6 +10,9 @@ from timm_etf.data import image_folder
 from timm_etf.data.image_folder import SIZE, Item, Origin, package_folder
 from timm_etf.data.pictograms import build_pictograms
 
+NAMES = ("pictograms-novel", "letters-greek", "letters-cyrillic", "mnist-5k")
+"""Targets that `build_targets` builds."""
+
 _DEJAVU = ("matplotlib", "Bitstream-Vera", "https://dejavu-fonts.github.io")
 GLYPH_ORIGINS = (
     Origin("dejavu-sans", *_DEJAVU),

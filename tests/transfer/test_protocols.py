@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.transfer.conftest import blobs
+from timm_etf import UsageError
+from timm_etf.transfer import Features, fewshot, knn, linear_probe
+from timm_etf.transfer.knn import vote
+from timm_etf.transfer.probe import STRENGTHS
+from timm_etf.transfer.result import validation_mask
+
+
+def test_the_probe_separates_what_is_separable_and_not_what_is_not() -> None:
+    result = linear_probe(blobs(400, seed=1), blobs(200, seed=2))
+    assert result.accuracy() > 95
+    assert result.chosen["strength"] in STRENGTHS
+    low, high = result.interval()
+    assert low <= result.accuracy() <= high
+    shuffled = blobs(400, seed=1)
+    noise = Features(shuffled.x, np.random.default_rng(0).permutation(shuffled.y), shuffled.class_names)
+    assert linear_probe(noise, blobs(200, seed=2)).accuracy() < 60
+
+
+def test_scale_and_constant_features_do_not_matter_to_the_probe() -> None:
+    train, test = blobs(400, seed=1), blobs(200, seed=2)
+
+    def changed(f: Features) -> Features:
+        x = np.concatenate([1000 * f.x + 7, np.full((len(f.x), 2), 3, np.float32)], axis=1)
+        return Features(x, f.y, f.class_names)
+
+    same = linear_probe(train, test).correct == linear_probe(changed(train), changed(test)).correct
+    assert same.mean() > 0.99
+
+
+def test_the_targets_own_validation_split_chooses() -> None:
+    train, test = blobs(120, seed=1, dim=60, spread=3), blobs(400, seed=2, dim=60, spread=3)
+    # Validation labels that only heavy shrinkage can predict: the class means' signs without their sizes would do as well.
+    chosen = {linear_probe(train, test, v).chosen["strength"] for v in (blobs(400, 3, dim=60, spread=3), train)}
+    assert len(chosen) == 2  # what is trained on itself likes weak regularisation, unseen images strong
+    assert min(chosen) == linear_probe(train, test, train).chosen["strength"]
+
+
+@pytest.mark.parametrize("protocol", [linear_probe, knn])
+def test_the_seed_is_the_validation_fifth(protocol: object) -> None:
+    train, test = blobs(90, seed=1, spread=2), blobs(300, seed=2, spread=2)
+    a, b = protocol(train, test, seed=3), protocol(train, test, seed=3)
+    assert (a.correct == b.correct).all()
+    assert a.chosen == b.chosen
+
+
+def test_validation_fifth() -> None:
+    y = np.repeat(np.arange(5), [1, 2, 3, 10, 50])
+    order = np.random.default_rng(0).permutation(len(y))
+    held = validation_mask(y[order], seed=0)
+    assert np.bincount(y[order][held], minlength=5).tolist() == [0, 0, 1, 2, 10]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(3, 80),
+    m=st.integers(1, 30),
+    dim=st.integers(2, 8),
+    classes=st.integers(2, 5),
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.02, 0.07, 0.2]),
+    data=st.data(),
+)
+def test_knn_is_the_brute_force_answer(
+    n: int, m: int, dim: int, classes: int, seed: int, temperature: float, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, n))
+    rng = np.random.default_rng(seed)
+    x, queries = (rng.normal(size=(size, dim)).astype(np.float32) for size in (n, m))
+    x, queries = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, queries))
+    y = rng.integers(0, classes, n)
+    got = vote(*map(torch.from_numpy, (x, y, queries)), classes, [(1, 0.07), (k, temperature)])[1].numpy()
+    for query, answer in zip(queries.astype(np.float64), got, strict=True):
+        similarity = x.astype(np.float64) @ query
+        votes = np.zeros(classes)
+        for i in np.argsort(-similarity)[:k]:
+            votes[y[i]] += np.exp(similarity[i] / temperature)
+        assert votes[answer] >= votes.max() * (1 - 1e-4)
+
+
+def test_knn_on_features_that_tell_the_classes_apart() -> None:
+    result = knn(blobs(400, seed=1), blobs(200, seed=2))
+    assert result.accuracy() > 95
+    assert set(result.chosen) == {"k", "temperature"}
+    # More queries than a block, and more neighbours asked for than there are.
+    assert knn(blobs(40, seed=1), blobs(2500, seed=2)).accuracy() > 80
+
+
+def test_more_shots_are_better_and_draws_are_averaged() -> None:
+    train, test = blobs(400, seed=1, spread=2), blobs(400, seed=2, spread=2)
+    one, ten = fewshot(train, test, 1), fewshot(train, test, 10)
+    assert 40 < one.accuracy() < ten.accuracy() - 10
+    assert len(np.unique(one.correct)) > 5
+    assert one.correct.max() <= 1
+
+
+def test_a_draw_takes_so_many_of_every_class() -> None:
+    # Class 1 has its images far from each other: only a draw that has all of them knows its test images.
+    x = np.eye(6, dtype=np.float32)[[0, 0, 0, 0, 1, 2, 3]]
+    train = Features(x, np.array([0, 0, 0, 0, 1, 1, 1]), ("a", "b"))
+    assert fewshot(train, train, 3, draws=4).accuracy() == 100
+    assert fewshot(train, train, 4, draws=1).chosen["classes_with_fewer"] == 1
+    assert fewshot(train, train, 1, draws=4).accuracy() < 100
+
+
+def test_too_few_images_for_a_shot() -> None:
+    with pytest.raises(UsageError, match=r"4 of 4 classes have fewer than 10 training images, such as '0'"):
+        fewshot(blobs(20, seed=1), blobs(20, seed=2), 10)

@@ -1,0 +1,5 @@
+"""How features are arranged: collapse."""
+
+from timm_etf.geometry.collapse import collapse
+
+__all__ = ["collapse"]

@@ -1,0 +1,81 @@
+"""What a protocol found on one target with one model."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from timm_etf.data.catalogue import Metric
+from timm_etf.transfer.features import Features
+from timm_etf.transfer.statistics import bootstrap
+
+
+@dataclass(frozen=True)
+class Result:
+    """One protocol's outcome on every test image.
+
+    Attributes:
+        correct: How often each test image was classified correctly, in [0, 1] (a mean over draws), float32 [n].
+        y: Its class number, int64 [n].
+        features: Which features it rests on, in words.
+        chosen: Hyper-parameters that validation chose.
+    """
+
+    correct: NDArray[np.float32]
+    y: NDArray[np.int64]
+    features: str
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+    def accuracy(self, metric: Metric = "top1") -> float:
+        """Accuracy in percent."""
+        return 100 * float((self.correct * sample_weights(self.y, metric)).mean())
+
+    def interval(self, metric: Metric = "top1", *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """95 % percentile bootstrap interval of the accuracy over test images, in percent."""
+        low, high = np.percentile(
+            bootstrap(100 * self.correct * sample_weights(self.y, metric), draws, seed), [2.5, 97.5]
+        )
+        return float(low), float(high)
+
+
+def sample_weights(y: NDArray[np.int64], metric: Metric) -> NDArray[np.float64]:
+    """Weights of mean 1 that turn a mean over images into the metric: equal, or equal in sum for every class."""
+    if metric == "top1":
+        return np.ones(len(y))
+    counts = np.bincount(y)
+    return len(y) / (np.count_nonzero(counts) * counts[y])
+
+
+def paired_difference(
+    a: Result, b: Result, metric: Metric = "top1", *, draws: int = 2000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Accuracy of `b` less that of `a` on the same test images, with its 95 % bootstrap interval, in percentage points.
+
+    Both models see the same resampled images, so what is common to them cancels.
+    """
+    difference = 100 * (b.correct.astype(np.float64) - a.correct) * sample_weights(a.y, metric)
+    low, high = np.percentile(bootstrap(difference, draws, seed), [2.5, 97.5])
+    return float(difference.mean()), (float(low), float(high))
+
+
+def validation_mask(y: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
+    """Mask of a random fifth of each class, rounded; a class of one or two images keeps them all for the fit."""
+    shuffled = np.random.default_rng(seed).permutation(len(y))
+    by_class = shuffled[np.argsort(y[shuffled], kind="stable")]
+    counts = np.bincount(y)
+    place = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = np.zeros(len(y), dtype=bool)
+    held[by_class] = place < np.repeat(np.rint(counts / 5), counts)
+    return held
+
+
+def fit_and_validation(train: Features, validation: Features | None, seed: int) -> tuple[Features, NDArray[np.bool_]]:
+    """All images to fit on in the end, and which of them choose the hyper-parameters before."""
+    if validation is None:
+        held = validation_mask(train.y, seed)
+        if not held.any():  # three images in no class: what is fitted is also what chooses
+            held[:] = True
+        return train, held
+    both = Features(np.concatenate([train.x, validation.x]), np.concatenate([train.y, validation.y]), train.class_names)
+    return both, np.arange(len(both.y)) >= len(train.y)

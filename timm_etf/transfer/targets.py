@@ -1,0 +1,218 @@
+"""Labelled images of a target, whatever they are stored as, and the checks that its splits belong together."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from timm_etf.data.catalogue import HUB, METRICS, SUITES, Target
+from timm_etf.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split: images that are decoded on demand, and labels.
+
+    Attributes:
+        name: Target and split, for messages.
+        labels: Class numbers, int64 of shape [n].
+        class_names: Class names by number.
+        fingerprint: Changes when the images or labels may have changed.
+        source: Paths of image files, or a `datasets.Dataset` of encoded images.
+        column: Column of the images in a data set.
+    """
+
+    name: str
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    source: Any
+    column: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int, mode: str) -> Image.Image:
+        """Decode an image, as "RGB" or "L"; raises whatever its decoder raises."""
+        if not self.column:
+            with Image.open(self.source[index]) as image:
+                return image.convert(mode)
+        item = self.source[index][self.column]
+        with Image.open(BytesIO(item["bytes"]) if item["bytes"] else item["path"]) as image:
+            return image.convert(mode)
+
+    def where(self, index: int) -> str:
+        """How a message names an image."""
+        return f"row {index} of {self.name}" if self.column else str(self.source[index])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A target's splits, numbered alike; `validation` is None if the target has none of its own."""
+
+    target: Target
+    train: Images
+    validation: Images | None
+    test: Images
+
+    def __iter__(self) -> Any:
+        return iter([s for s in (self.train, self.validation, self.test) if s is not None])
+
+
+def resolve(specs: Sequence[str], data_root: Path) -> tuple[list[Target], dict[str, str]]:
+    """Targets of a command line, without opening them.
+
+    Args:
+        specs: Each a name of the catalogue, a suite, an image folder, a folder of parquet files or a Hub data set id,
+            with any field of `Target` behind it: `DATA,test=validation,metric=mean_per_class`.
+        data_root: Folder that `timm-etf data build` filled.
+
+    Returns:
+        The targets, and for each that is not on this machine the reason.
+
+    Raises:
+        UsageError: If a name or field is unknown, a folder is missing, or two targets have one name.
+    """
+    targets: list[Target] = []
+    missing: dict[str, str] = {}
+    for spec in specs:
+        first, *rest = spec.split(",")
+        changes = _changes(spec, rest)
+        names = SUITES.get(first, (first,))
+        for name in names:
+            target = _find(name, data_root)
+            if target is None:
+                suite = next(s for s in ("offline", "embedded") if name in SUITES[s])
+                missing[name] = f"not built in {data_root}: timm-etf data build {suite} --root {data_root}"
+            else:
+                target = replace(target, **changes)
+                targets += [target] if target not in targets else []
+    counts = {t.name: sum(o.name == t.name for o in targets) for t in targets}
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UsageError(f"Two targets are called {twice[0]!r}: name one, as in {twice[0]},name=OTHER")
+    return targets, missing
+
+
+def _changes(spec: str, pairs: list[str]) -> dict[str, Any]:
+    known = {f.name for f in fields(Target)} - {"location"}
+    changes: dict[str, Any] = dict(p.partition("=")[::2] for p in pairs)
+    if unknown := [k for k in changes if k not in known]:
+        raise UsageError(f"{spec!r}: a target has no {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    if changes.get("metric", "top1") not in METRICS:
+        raise UsageError(f"{spec!r}: the metric is one of {', '.join(METRICS)}.")
+    if "hflip" in changes:
+        changes["hflip"] = changes["hflip"].lower() in ("1", "true", "yes")
+    return changes
+
+
+def _find(name: str, data_root: Path) -> Target | None:
+    if name in HUB:
+        return HUB[name]
+    if name in SUITES["offline"] + SUITES["embedded"]:
+        folder = data_root / name
+        return Target(name, str(folder), hflip=False) if (folder / "dataset.json").exists() else None
+    if Path(name).is_dir():
+        return Target(Path(name).resolve().name, name)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return Target(name.split("/")[1], name)
+    known = ", ".join([*SUITES, *SUITES["offline"], *HUB])
+    raise UsageError(f"No target {name!r}: neither a folder, nor owner/name on the Hub, nor one of {known}.")
+
+
+def open_splits(target: Target) -> Splits:
+    """Open a target's splits and number their classes alike, by name.
+
+    Raises:
+        UsageError: If a split, column or label is missing, a test class has no training images, or there is one class.
+    """
+    is_folder = (Path(target.location) / target.train).is_dir()
+    opener = _open_folder if is_folder else _open_arrow
+    train = opener(target, target.train)
+    validation = opener(target, target.validation) if target.validation else None
+    test = opener(target, target.test)
+    for split in (s for s in (train, validation, test) if s is not None):
+        if (split.labels < 0).any():
+            count = int((split.labels < 0).sum())
+            raise UsageError(
+                f"{count} of {len(split)} labels of {split.name} are negative: a split without public labels cannot be "
+                f"used; name another, as in {target.name},test=validation"
+            )
+    if len(set(train.labels.tolist())) < 2:
+        raise UsageError(f"{train.name} has images of one class only; a transfer target needs at least two.")
+    aligned = [None if s is None else _renumber(s, train) for s in (validation, test)]
+    assert aligned[1] is not None
+    return Splits(target, train, aligned[0], aligned[1])
+
+
+def _renumber(split: Images, train: Images) -> Images:
+    """The split with the training split's class numbers."""
+    number = {name: k for k, name in enumerate(train.class_names)}
+    trained = set(train.labels.tolist())
+    used = [split.class_names[k] for k in np.unique(split.labels)]
+    strange = [n for n in used if n not in number]
+    if strange:
+        raise UsageError(
+            f"{train.name} and {split.name} name their classes differently: {len(strange)} of {len(used)} are only in "
+            f"the latter, such as {strange[0]!r} (the former has {train.class_names[0]!r})."
+        )
+    if untrained := [n for n in used if number[n] not in trained]:
+        raise UsageError(f"Class {untrained[0]!r} of {split.name} has no training images ({len(untrained)} such).")
+    table = np.array([number.get(name, -1) for name in split.class_names])
+    return replace(split, labels=table[split.labels], class_names=train.class_names)
+
+
+def _open_folder(target: Target, split: str) -> Images:
+    import timm.data.readers
+
+    folder = Path(target.location) / split
+    if not folder.is_dir():
+        raise UsageError(f"No folder {folder}: a target needs one for each of its splits (see {target.name},test=...).")
+    try:
+        reader: Any = timm.data.readers.create_reader("", root=str(folder))
+    except (RuntimeError, ValueError) as e:
+        raise UsageError(f"{folder} holds no images in class folders: {str(e).splitlines()[0]}") from None
+    paths = [path for path, _ in reader.samples]
+    labels = np.array([label for _, label in reader.samples], dtype=np.int64)
+    names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
+    if len(names) < 2 and labels.size:
+        raise UsageError(f"{folder} has one class folder only; images belong into one folder for each class.")
+    digest = hashlib.sha256()
+    for path in paths:
+        about = Path(path).stat()
+        digest.update(f"{path.removeprefix(str(folder))}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return Images(f"{target.name} ({split})", labels, tuple(map(str, names)), digest.hexdigest(), paths)
+
+
+def _open_arrow(target: Target, split: str) -> Images:
+    import datasets
+
+    name = f"{target.name} ({split})"
+    try:
+        data: Any = datasets.load_dataset(target.location, target.config or None, split=split)
+    except Exception as e:  # a builder may raise anything: no such repository, split or network, damaged files
+        first = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise UsageError(f"Cannot open {name} of {target.location}: {first}") from e
+    for field in ("image", "label"):
+        column = getattr(target, field)
+        if column not in data.column_names:
+            fix = f"{target.name},{field}=COLUMN"
+            raise UsageError(f"{name} has no column {column!r}: give it as {fix} ({', '.join(data.column_names)}).")
+    values = data[target.label][:]
+    feature = data.features[target.label]
+    if isinstance(feature, datasets.ClassLabel):
+        labels, names = np.array([-1 if v is None else v for v in values], dtype=np.int64), list(feature.names)
+    else:
+        kept = sorted({v for v in values if v is not None and v != -1})
+        number = {v: k for k, v in enumerate(kept)}
+        labels, names = np.array([number.get(v, -1) for v in values], dtype=np.int64), [str(v) for v in kept]
+    files = [(f["filename"], Path(f["filename"]).stat().st_size) for f in data.cache_files]
+    about = json.dumps([target.location, target.config, split, files, len(data), target.image, target.label])
+    encoded = data.cast_column(target.image, datasets.Image(decode=False))
+    return Images(name, labels, tuple(names), hashlib.sha256(about.encode()).hexdigest(), encoded, target.image)
