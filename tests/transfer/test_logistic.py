@@ -54,7 +54,11 @@ def test_float32_with_the_default_tolerance_classifies_alike() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    n=st.integers(4, 60), dim=st.integers(1, 40), classes=st.integers(2, 6), seed=st.integers(0, 100), low=st.floats(-3, 3)
+    n=st.integers(4, 60),
+    dim=st.integers(1, 40),
+    classes=st.integers(2, 6),
+    seed=st.integers(0, 100),
+    low=st.floats(-3, 3),
 )
 def test_the_gradient_vanishes_at_every_solution(n: int, dim: int, classes: int, seed: int, low: float) -> None:
     rng = np.random.default_rng(seed)

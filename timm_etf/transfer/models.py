@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import parse_model_name
 from torch import nn
 
@@ -35,7 +36,9 @@ class Candidate:
             UsageError: If it cannot be made, for whatever reason timm or the Hub gives.
         """
         try:
-            return create_model(self.name, **{"pretrained": True, **self.kwargs})
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # whatever has no weights is the same in every process and call
+                return create_model(self.name, **{"pretrained": True, **self.kwargs})
         except UsageError:
             raise
         except Exception as e:  # timm and the Hub have many: no weights, no network, wrong argument, damaged file

@@ -56,8 +56,9 @@ class Report:
 
     @cached_property
     def labels(self) -> list[str]:
-        """Labels in the order given; the first is the reference."""
-        return list(dict.fromkeys(c.label for c in self.candidates))
+        """Labels that have any result, in the order given; the first is the reference."""
+        found = {number for number, *_ in self.results}
+        return list(dict.fromkeys(c.label for i, c in enumerate(self.candidates) if i in found))
 
     @cached_property
     def protocols(self) -> list[str]:
@@ -165,15 +166,16 @@ class Report:
                 targets[target.name] = about | {"models": cells}
                 if target in complete:
                     targets[target.name]["differences"] = self._differences_json([target], protocol)
+        if not complete:
+            return {"targets": targets, MEAN: None}
+        accuracy = {la: float(np.mean([self.correct(la, t, protocol).mean() for t in complete])) for la in self.labels}
         mean = {
             "targets": [t.name for t in complete],
-            "accuracy": {
-                la: float(np.mean([self.correct(la, t, protocol).mean() for t in complete])) for la in self.labels
-            },
+            "accuracy": accuracy,
             "log_odds": {la: self.log_odds(la, complete, protocol) for la in self.labels},
             "differences": self._differences_json(complete, protocol),
         }
-        return {"targets": targets, MEAN: mean if complete else None}
+        return {"targets": targets, MEAN: mean}
 
     def _differences_json(self, targets: Sequence[Target], protocol: str) -> dict[str, Any]:
         found = {la: self.difference(la, targets, protocol) for la in self.labels[1:]}
@@ -181,7 +183,7 @@ class Report:
             la: {
                 "mean": d.mean,
                 "interval_over_test_images": list(d.test_images),
-                "interval_over_runs": d.runs,
+                "interval_over_runs": d.runs and list(d.runs),
                 "by_run": list(d.by_run),
             }
             for la, d in found.items()

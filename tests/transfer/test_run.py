@@ -1,0 +1,218 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tests.conftest import write_images
+from timm_etf import UsageError, fix_classifier, hub
+from timm_etf.transfer.finetune import Budget
+from timm_etf.transfer.run import Settings, run, summary
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported models: two of a plain head, two of a fixed one, all of random weights, one of them damaged."""
+    root = tmp_path_factory.mktemp("models")
+    for number, name in enumerate(("plain0", "plain1", "fixed0", "fixed1", "damaged")):
+        torch.manual_seed(number)
+        net = timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+        if name.startswith("fixed"):
+            fix_classifier(net)
+        if name == "damaged":
+            torch.nn.init.constant_(net.conv1[0].weight, float("nan"))
+        hub.export(net, root / name)
+    return root
+
+
+def settings(folder: Path, images: Path, out: Path, **changes: object) -> Settings:
+    values = {
+        "models": (f"plain=local-dir:{folder}/plain0", f"fixed=local-dir:{folder}/fixed0"),
+        "targets": (f"{images},name=bars,test=validation",),
+        "protocols": ("probe", "knn", "fewshot"),
+        "seeds": 2,
+        "workers": 0,
+        "out": out,
+    }
+    return Settings(**values | changes)
+
+
+def times(out: Path) -> dict[str, int]:
+    return {
+        str(p): p.stat().st_mtime_ns for folder in ("results", "features") for p in (out / folder).rglob("*.safet*")
+    }
+
+
+def test_a_comparison_from_nothing_and_again_from_what_is_there(models: Path, images: Path, tmp_path: Path) -> None:
+    chosen = settings(models, images, tmp_path / "out", depths=2)
+    report = run(chosen)
+    assert report.protocols == [
+        "probe at depth 1 of 5",
+        "probe at depth 5 of 5",
+        "probe",
+        "knn",
+        "1-shot",
+        "5-shot",
+        "10-shot",
+    ]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "standardised" in written["protocols"]["probe"]["targets"]["bars"]["features"]
+    row = written["protocols"]["1-shot"]["targets"]["bars"]
+    assert row["test_images"] == 37
+    plain, fixed = (row["models"][la] for la in ("plain", "fixed"))
+    low, high = plain["interval_over_test_images"]
+    assert low <= plain["accuracy"] <= high
+    difference = row["differences"]["fixed"]
+    assert difference["mean"] != 0
+    assert difference["mean"] == pytest.approx(fixed["accuracy"] - plain["accuracy"])
+    assert difference["by_run"] == pytest.approx(
+        [b - a for a, b in zip(plain["runs"][0], fixed["runs"][0], strict=True)]
+    )
+    assert written["protocols"]["1-shot"]["mean"]["differences"]["fixed"]["mean"] == pytest.approx(difference["mean"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| bars | 37 |" in text
+    assert "Features: spatial mean of layer 1 of 5; standardised" in text
+    assert "Features: pre-logits, before any projector; unit length." in text
+    for name in ("transfer.png", "collapse.png", "depths.png"):
+        assert Image.open(tmp_path / "out" / name).size[0] > 500
+    assert "fixed - plain" in summary(report, tmp_path / "out")
+
+    before = times(tmp_path / "out")
+    again = run(chosen)
+    assert times(tmp_path / "out") == before
+    assert again.as_json()["protocols"] == written["protocols"]
+    # Another seed or protocol computes just that.
+    run(settings(models, images, tmp_path / "out", seeds=3, protocols=("knn",)))
+    after = times(tmp_path / "out")
+    assert {Path(p).name for p in after.keys() - before.keys()} == {"knn-seed2.safetensors"}
+
+
+def test_training_seeds_of_one_method_are_paired(models: Path, images: Path, tmp_path: Path) -> None:
+    specs = tuple(f"{n}=local-dir:{models}/{n}{i}" for n in ("plain", "fixed") for i in range(2))
+    report = run(settings(models, images, tmp_path, models=specs, protocols=("knn",)))
+    assert report.labels == ["plain", "fixed"]
+    assert report.repetitions.startswith("2 models of each label")
+    target = report.targets[0]
+    by_model = report.accuracies("plain", target, "knn")
+    alone = run(settings(models, images, tmp_path, models=specs[1:2], protocols=("knn",)))
+    assert by_model[1] == pytest.approx(sum(alone.accuracies("plain", target, "knn")) / 2)
+    difference = report.difference("fixed", [target], "knn")
+    fixed = report.accuracies("fixed", target, "knn")
+    assert difference.by_run == pytest.approx([b - a for a, b in zip(by_model, fixed, strict=True)])
+    low, high = difference.runs
+    assert low <= difference.mean <= high
+
+
+def test_what_fails_does_not_stop_the_rest_and_is_reported(models: Path, images: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "strange", "train", 12)
+    write_images(tmp_path / "strange", "test", 4)
+    (tmp_path / "strange" / "train" / "class1").rename(tmp_path / "strange" / "train" / "other")
+    write_images(tmp_path / "few", "train", 2)
+    write_images(tmp_path / "few", "test", 4)
+    (tmp_path / "few" / "train" / "class0" / "1.png").write_bytes(b"\x89PNG cut")
+    report = run(
+        settings(
+            models,
+            images,
+            tmp_path / "out",
+            models=(
+                f"plain=local-dir:{models}/plain0",
+                f"damaged=local-dir:{models}/damaged",
+                "bad=test_resnet,pretrained=False,depth=3",
+            ),
+            targets=(f"{images},name=bars,test=validation", str(tmp_path / "strange"), str(tmp_path / "few"), "kanji"),
+            protocols=("knn", "fewshot"),
+            data_root=tmp_path / "none",
+        )
+    )
+    missing = report.missing
+    assert "not built in" in missing["kanji"]
+    assert "name their classes differently" in missing["strange"]
+    assert "are not finite" in missing["damaged: bars"]
+    assert "Cannot create test_resnet" in missing["bad"]
+    assert "classes have fewer than 10 training images" in missing["plain: few, 10-shot"]
+    assert "plain: few, knn" not in missing
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "1 images could not be read and were left out" in text
+    assert "| bars | 37 |" in text
+    assert all(reason in text for reason in missing.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": ("resnet5000",)}, "timm knows no model 'resnet5000'"),
+        ({"models": ("local-dir:/nowhere",)}, "no config.json in that folder"),
+        ({"models": ("a/b=resnet18",)}, "'a/b' cannot be a label"),
+        ({"models": ("resnet18", "resnet18,drop_rate=0.1")}, "Two models are called 'resnet18'"),
+        ({"models": ("resnet18,drop_rate",)}, "'drop_rate' is no argument"),
+        ({"protocols": ("knn",), "depths": 2}, "add probe to --protocols"),
+        ({"protocols": ("lda",)}, "No protocol 'lda'"),
+        ({"seeds": 0}, "--seeds is at least 1"),
+        ({"targets": ("nothing",)}, "No target 'nothing'"),
+    ],
+)
+def test_wrong_settings_cost_nothing(
+    models: Path, images: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(settings(models, images, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_at_all(models: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Nothing could be computed: kanji: not built"):
+        run(settings(models, images, tmp_path / "out", targets=("kanji",), data_root=tmp_path))
+
+
+def test_fine_tuning_learns_the_target_and_gives_every_model_the_same(
+    models: Path, images: Path, tmp_path: Path
+) -> None:
+    chosen = settings(models, images, tmp_path, protocols=("finetune",), seeds=1, budget=Budget(30, 16, 0))
+    report = run(chosen)
+    target = report.targets[0]
+    for label in report.labels:
+        (accuracy,) = report.accuracies(label, target, "finetune")
+        assert accuracy > 60  # by chance 20; the bar's place is easy to see
+    result = report.runs("fixed", "bars", "finetune")[0][0]
+    assert set(result.chosen) == {"lr", "weight_decay"}
+    assert "30 steps of 16 images" in result.features
+    assert not (tmp_path / "features").exists()
+    before = times(tmp_path)
+    run(chosen)
+    assert times(tmp_path) == before
+
+
+def test_a_killed_run_continues_where_it_was(models: Path, images: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "timm_etf.transfer", "--models", f"plain=local-dir:{models}/plain0"]
+    command += [
+        f"fixed=local-dir:{models}/fixed0",
+        "--targets",
+        f"{images},name=bars,test=validation",
+        "--workers",
+        "0",
+    ]
+    command += ["--out", str(tmp_path / "out"), "--seeds", "8"]
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while len(list((tmp_path / "out").rglob("*-seed*.safetensors"))) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = times(tmp_path / "out")
+    assert 5 <= sum("seed" in p for p in before) < 2 * 5 * 8
+    assert not (tmp_path / "out" / "report.md").exists()
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200, check=True)
+    after = times(tmp_path / "out")
+    assert sum("seed" in p for p in after) == 2 * 5 * 8
+    assert {p: t for p, t in after.items() if p in before} == before
+    assert f"report:  {tmp_path / 'out' / 'report.md'}" in done.stdout
