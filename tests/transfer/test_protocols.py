@@ -36,7 +36,6 @@ def test_scale_and_constant_features_do_not_matter_to_the_probe() -> None:
 
 def test_the_targets_own_validation_split_chooses() -> None:
     train, test = blobs(120, seed=1, dim=60, spread=3), blobs(400, seed=2, dim=60, spread=3)
-    # Validation labels that only heavy shrinkage can predict: the class means' signs without their sizes would do as well.
     chosen = {linear_probe(train, test, v).chosen["strength"] for v in (blobs(400, 3, dim=60, spread=3), train)}
     assert len(chosen) == 2  # what is trained on itself likes weak regularisation, unseen images strong
     assert min(chosen) == linear_probe(train, test, train).chosen["strength"]

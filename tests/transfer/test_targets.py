@@ -114,7 +114,7 @@ def test_folders_whose_classes_differ(tmp_path: Path, images: Path) -> None:
             image.unlink()
     with pytest.raises(UsageError, match="holds no images in class folders"):
         open_splits(Target("bars", str(tmp_path)))
-    with pytest.raises(UsageError, match="No folder .*test"):
+    with pytest.raises(UsageError, match=r"No folder .*test"):
         open_splits(Target("bars", str(images)))
     # Images that lie in the split itself are of no class.
     (tmp_path / "flat" / "train").mkdir(parents=True)

@@ -61,7 +61,7 @@ def _differences(report: Report) -> Any:
     axes[0].set_ylim(rows - 0.5, -0.5)
     if len(report.labels) > 1:
         figure.supxlabel(
-            f"accuracy of {shown[0] if len(shown) == 1 else 'each'} less that of {report.labels[0]}, percentage points\n"
+            f"accuracy of {shown[0] if len(shown) == 1 else 'each'} less {report.labels[0]}, percentage points\n"
             f"thick: 95 % over test images; thin: 95 % t interval over {report.repetitions}",
             fontsize=9,
         )

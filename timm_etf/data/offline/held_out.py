@@ -19,7 +19,7 @@ def held_out(images: Mapping[str, int], seed: int, share: float = 0.2) -> set[st
 
     Example:
         >>> sorted(held_out({"a": 10, "b": 10, "c": 10, "d": 10, "e": 60}, seed=0))
-        ['c', 'd']
+        ['a', 'd']
     """
     total = sum(images.values())
     order = sorted(images, key=lambda f: hashlib.sha256(f"{seed}:{f}".encode()).digest())
