@@ -7,7 +7,7 @@
 set -euo pipefail
 out=$1
 mkdir "$out"
-timm-etf data --root "$out/data"
+timm-etf data build embedded --root "$out/data"
 
 run() { # NAME MODEL WIDTH [CLASSIFIER ARGUMENTS]: the demo's recipe on a resnet10t of another width
     timm-etf pretrain --model "$2" --data-dir "$out/data/pictograms" --out "$out/$1" \

@@ -188,10 +188,18 @@ def test_nothing_at_all(models: Path, images: Path, tmp_path: Path) -> None:
         run(settings(models, images, tmp_path / "out", targets=("kanji",), data_root=tmp_path))
 
 
-def test_fine_tuning_learns_the_target_and_gives_every_model_the_same(models: Path, tmp_path: Path) -> None:
+def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "bars", "train", 24)
     write_images(tmp_path / "bars", "validation", 7)
-    chosen = settings(models, tmp_path / "bars", tmp_path, protocols=("finetune",), seeds=1, budget=Budget(30, 16, 0))
+    chosen = settings(
+        models,
+        tmp_path / "bars",
+        tmp_path,
+        models=(f"fixed=local-dir:{models}/fixed0",),
+        protocols=("finetune",),
+        seeds=1,
+        budget=Budget(60, 16, 0),
+    )
     report = run(chosen)
     target = report.targets[0]
     for label in report.labels:
@@ -199,7 +207,7 @@ def test_fine_tuning_learns_the_target_and_gives_every_model_the_same(models: Pa
         assert accuracy > 60  # by chance 20
     result = report.runs("fixed", "bars", "finetune")[0][0]
     assert set(result.chosen) == {"lr", "weight_decay"}
-    assert "30 steps of 16 images" in result.features
+    assert "60 steps of 16 images" in result.features
     assert not (tmp_path / "features").exists()
     before = times(tmp_path)
     run(chosen)

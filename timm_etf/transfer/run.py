@@ -293,7 +293,8 @@ def _finish(job: Job) -> None:
         about |= {"features": result.features, "chosen": result.chosen}
     except UsageError as e:
         arrays = {"correct": np.zeros(0, np.float32), "y": np.zeros(0, np.int64)}
-        about["problem"] = str(e)
+        # A loader's worker passes its error on with a traceback before it.
+        about["problem"] = str(e).strip().splitlines()[-1].removeprefix("timm_etf.errors.UsageError: ")
     about["seconds"] = round(time.perf_counter() - started, 2)
     save_file(arrays, new, metadata={"about": json.dumps(about)})
     os.replace(new, job.path)
@@ -347,5 +348,7 @@ def summary(report: Report, out: Path) -> str:
         lines.append(f"{protocol}, mean of {len(complete)} targets: " + "; ".join(parts))
     if report.missing:
         lines.append(f"missing: {len(report.missing)}, such as {' ('.join(next(iter(report.missing.items())))})")
-    lines += [f"report:  {out / 'report.md'}", f"picture: {out / 'transfer.png'}"]
+    lines.append(f"report:  {out / 'report.md'}")
+    if (out / "transfer.png").exists():  # without matplotlib there is none
+        lines.append(f"picture: {out / 'transfer.png'}")
     return "\n".join(lines)

@@ -32,7 +32,7 @@ FONTS = tuple(
         "noto-core dejavu-core dejavu-extra liberation freefont-ttf cantarell lato roboto-unhinted open-sans "
         "linuxlibertine gfs-didot croscore crosextra-carlito crosextra-caladea ebgaramond hack-ttf firacode "
         "inconsolata comfortaa quicksand oxygen urw-base35 junicode sil-gentiumplus sil-charis sil-doulos sil-andika "
-        "anonymous-pro paratype play jura league-spartan dkg-handwriting breip femkeklaver rufscript sjfonts seto "
+        "anonymous-pro paratype play jura league-spartan breip femkeklaver rufscript sjfonts seto "
         "ipafont-gothic ipafont-mincho vlgothic aoyagi-kouzan-t kouzan-mouhitsu klee yusei-magic mplus dotgothic16 "
         "rampart reggae rocknroll stick train misaki hanazono horai-umefont sawarabi-gothic sawarabi-mincho "
         "motoya-l-cedar motoya-l-maruberi yozvox-yozfont komatuna monapo takao-gothic takao-mincho aoyagi-soseki "
@@ -84,7 +84,9 @@ def _family(package: str) -> str:
 
 def _origin(folder: Path, package: str) -> Origin:
     text = (folder / package / "usr/share/doc" / package / "copyright").read_text(encoding="utf-8", errors="replace")
-    licences = sorted(set(re.findall(r"^License: *(\S.*)$", text, flags=re.MULTILINE)))
+    # Only the paragraphs about the fonts: those about the packaging often have a licence of their own.
+    stanzas = [s for s in re.split(r"\n\s*\n", text) if re.search(r"^Files: *(?!debian/)", s, flags=re.MULTILINE)]
+    licences = sorted(set(re.findall(r"^License: *(\S.*)$", "\n\n".join(stanzas), flags=re.MULTILINE)))
     (source,) = re.findall(r"^Source: *(\S+)", text, flags=re.MULTILINE)[:1] or [""]
     return Origin(package, package, "; ".join(licences) or f"see the copyright file of {package}", source)
 
