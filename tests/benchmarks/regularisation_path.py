@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=2 python tests/benchmarks/regularisation_path.py
 
-Prints the seconds, their ratio, and over the 45 strengths the largest excess of our mean objective over scikit-learn's and
-the largest difference of the test accuracies. scikit-learn runs with its default tolerance on the same float32 features.
+Prints the seconds, their ratio, and over the 45 strengths the largest excess of our mean objective over scikit-learn's
+and the largest difference of the test accuracies. scikit-learn runs with its default tolerance on the same float32
+features.
 """
 
 import time
