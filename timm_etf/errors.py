@@ -44,10 +44,8 @@ def one_line_errors() -> Iterator[None]:
         if not _is_failed_write(e):
             raise
         reason = str(e).strip().splitlines()[0]
-        _exit(
-            f"error: Cannot write ({reason}). What was saved before is whole: make room and continue (pretrain and demo: --resume).",
-            2,
-        )
+        fix = "make room and continue (pretrain and demo: --resume)"
+        _exit(f"error: Cannot write ({reason}). What was saved before is whole: {fix}.", 2)
 
 
 def _is_failed_write(error: Exception) -> bool:

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_etf.atomic import write_json, write_text
 from timm_etf.data.catalogue import METRICS, Target
 from timm_etf.transfer.models import Candidate
 from timm_etf.transfer.result import Result, sample_weights
@@ -270,17 +268,3 @@ def show(difference: Difference) -> str:
     low, high = difference.test_images
     runs = f" ({difference.runs[0]:+.1f} to {difference.runs[1]:+.1f})" if difference.runs else ""
     return f"{difference.mean:+.1f} [{low:+.1f} to {high:+.1f}]{runs}"
-
-
-def write_report(report: Report, out: Path) -> None:
-    """Write report.md, results.json and, where matplotlib is installed, the pictures."""
-    from importlib.util import find_spec
-
-    write_json(out / "results.json", report.as_json())
-    text = report.as_markdown()
-    if find_spec("matplotlib"):
-        from timm_etf.transfer import plots
-
-        pictures = plots.draw(report, out)
-        text += "\n".join(["", *(f"![{title}]({name})\n" for name, title in pictures.items())])
-    write_text(out / "report.md", text)

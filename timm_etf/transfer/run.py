@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
-from timm_etf.atomic import write_json
+from timm_etf.atomic import write_json, write_text
 from timm_etf.errors import UsageError
 from timm_etf.geometry import collapse
 from timm_etf.transfer import models
@@ -29,7 +30,7 @@ from timm_etf.transfer.finetune import LEARNING_RATES, WEIGHT_DECAYS, Budget, fi
 from timm_etf.transfer.knn import knn
 from timm_etf.transfer.models import Candidate
 from timm_etf.transfer.probe import linear_probe
-from timm_etf.transfer.report import Report, show, write_report
+from timm_etf.transfer.report import Report, show
 from timm_etf.transfer.result import Result
 from timm_etf.transfer.targets import Splits, open_splits, resolve
 
@@ -141,7 +142,7 @@ def run(settings: Settings) -> Report:
         settings=_about(settings, time.perf_counter() - started),
     )
     if state.is_main_process:
-        write_report(report, settings.out)
+        _write(report, settings.out)
     return report
 
 
@@ -331,6 +332,18 @@ def _about(settings: Settings, seconds: float) -> dict[str, Any]:
     about["versions"] = {"timm_etf": __version__, "timm": timm.__version__, "torch": torch.__version__}
     about["seconds_of_this_call"] = round(seconds, 1)
     return about
+
+
+def _write(report: Report, out: Path) -> None:
+    """Write results.json, report.md and, where matplotlib is installed, the pictures."""
+    write_json(out / "results.json", report.as_json())
+    text = report.as_markdown()
+    if find_spec("matplotlib"):
+        from timm_etf.transfer import plots
+
+        pictures = plots.draw(report, out)
+        text += "\n".join(["", *(f"![{title}]({name})\n" for name, title in pictures.items())])
+    write_text(out / "report.md", text)
 
 
 def summary(report: Report, out: Path) -> str:
