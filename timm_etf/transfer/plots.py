@@ -62,7 +62,7 @@ def _differences(report: Report) -> Any:
     if len(report.labels) > 1:
         figure.supxlabel(
             f"accuracy of {shown[0] if len(shown) == 1 else 'each'} less {report.labels[0]}, percentage points\n"
-            f"thick: 95 % over test images; thin: 95 % t interval over {report.repetitions}",
+            f"thick: 95 % over test images; thin, if any: 95 % t interval over {report.repetitions}",
             fontsize=9,
         )
     else:

@@ -84,7 +84,7 @@ class Report:
         """What varies between the repetitions that t intervals are over."""
         members = {len(self.members(la)) for la in self.labels}
         if members == {1}:
-            return f"{self.settings['seeds']} seeds of the protocol; the models themselves are one training each"
+            return f"seeds of the protocol ({self.settings['seeds']}); the models themselves are one training each"
         if len(members) > 1:
             return "nothing: the labels have different numbers of models"
         return f"{members.pop()} models of each label, averaged over {self.settings['seeds']} seeds of the protocol"
