@@ -46,7 +46,7 @@ def build_animals(root: Path, registries: Registries, seed: int) -> dict[str, Pa
     Raises:
         Unavailable: If pip cannot fetch it, or the file is not what it should be.
     """
-    origin = Origin(ANIMALS, ANIMALS, "MIT", "https://pypi.org/project/animal-mnist")
+    origin = Origin(ANIMALS, ANIMALS, "MIT", "see the package")
 
     def make() -> tuple[list[Origin], list[Item]]:
         import numpy as np
