@@ -123,7 +123,7 @@ def data(
 
     Args:
         action: What to do.
-        suite: embedded, the demo's images, from fonts that PyPI packages ship; or offline, six times as many, from npm,
+        suite: embedded, the demo's images, from fonts that PyPI packages ship; or offline, a larger suite from npm,
             Debian and PyPI packages that are downloaded for it.
         root: Folder that receives one folder per data set.
         seed: Seed of the offline suite's splits.
