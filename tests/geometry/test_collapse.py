@@ -39,3 +39,13 @@ def test_points_are_collapsed_and_one_class_has_no_ratio() -> None:
     assert collapse(x, y) == pytest.approx({"nc1": 0, "cdnv": 0, "vci": 0, "within": 0}, abs=1e-12)
     assert np.isnan(collapse(x, np.zeros(6, np.int64))["nc1"])
     assert collapse(np.ones((4, 3)), np.array([0, 0, 1, 1]))["nc1"] == np.inf
+
+
+def test_means_that_span_one_direction_have_rank_one() -> None:
+    # Rounding gives two class means, or three on a line, a second direction of size 1e-17: it must not be divided by.
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        y = np.arange(60) % (2 + seed % 2)
+        x = y[:, None] * rng.normal(size=2) + rng.normal(size=2) * 1e3
+        x += np.tile(rng.normal(size=(10, 1, 2)), (1, 6, 1)).reshape(60, 2)  # the same within every class
+        assert collapse(x, y)["nc1"] < 1e6

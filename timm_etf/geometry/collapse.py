@@ -36,6 +36,8 @@ def collapse(x: NDArray[Any], y: NDArray[np.int64]) -> dict[str, float]:
     _, y, counts = np.unique(y, return_inverse=True, return_counts=True)
     n, d, k = len(x), x.shape[1], len(counts)
     by_class = np.argsort(y, kind="stable")
+    size = np.sqrt(np.square(x).sum() / max(n, 1))
+    x = x - x.mean(0)  # nothing below depends on the origin, and rounding errors grow with the distance from it
     m_KD = np.add.reduceat(x[by_class], np.cumsum(counts) - counts) / counts[:, None]
     inside = x - m_KD[y]
     v_K = np.bincount(y, weights=np.square(inside).sum(1)) / counts
@@ -43,9 +45,10 @@ def collapse(x: NDArray[Any], y: NDArray[np.int64]) -> dict[str, float]:
     if k < 2:
         return {"nc1": float("nan"), "cdnv": float("nan"), "vci": float("nan"), "within": within}
     # S_B = A'A with A of K rows, so its axes come from a K x D matrix and no D x D matrix is inverted for nc1.
-    a_KD = (m_KD - counts @ m_KD / n) * np.sqrt(counts / n)[:, None]
+    a_KD = m_KD * np.sqrt(counts / n)[:, None]
     _, s, axes = np.linalg.svd(a_KD, full_matrices=False)
-    rank = int((s > s[0] * max(a_KD.shape) * np.finfo(float).eps).sum()) if s[0] > 0 else 0
+    # K centred means span K - 1 directions, and they are exact to the features' size times eps, not to their own.
+    rank = min(int((s > max(n, d) * np.finfo(float).eps * size).sum()), k - 1)
     if rank == 0:
         return {"nc1": float("inf"), "cdnv": float("inf"), "vci": float("nan"), "within": within}
     s, axes = s[:rank], axes[:rank]
