@@ -144,6 +144,48 @@ def data(
         print(f"next: timm-etf transfer --models NAME ... --targets offline --data-root {root} --out OUT")
 
 
+@app.command(name="publish")
+def publish(
+    run: tyro.conf.Positional[Path],
+    repo: tyro.conf.Positional[str],
+    results: tuple[Path, ...] = (),
+    license: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    pr: bool = False,
+    message: str = "Publish with timm_etf",
+    yes: bool = False,
+) -> None:
+    """Publish a run on the Hugging Face Hub; without --yes, show what would be uploaded.
+
+    Args:
+        run: Folder of timm-etf pretrain, or an exported folder.
+        repo: Repository, ORG/NAME.
+        results: results.json files of timm-etf transfer on this model, for its card.
+        license: Licence of the weights, such as apache-2.0.
+        private: Whether a new repository is private; by default as the organisation has it.
+        revision: Branch, by default the main one.
+        tag: Tag of the published commit, such as v1.
+        pr: Propose the upload as a pull request.
+        message: Commit message.
+        yes: Upload.
+    """
+    from timm_etf import hub
+
+    planned = hub.plan(run, repo, results=results, license=license, revision=revision)
+    print(planned.table())
+    count = len(planned.changed)
+    if not yes:
+        print(f"\n{planned.card_or_diff()}\n")
+        print(f"Nothing was sent. next: the same command with --yes uploads {count} file{'s' * (count != 1)}")
+        return
+    url = hub.publish(planned, private=private, tag=tag, create_pr=pr, message=message)
+    print(f"{'published' if count else 'nothing new to upload'}: {url}")
+    if not pr:
+        print(f"next: timm.create_model('hf-hub:{repo}{f'@{revision}' if revision else ''}', pretrained=True)")
+
+
 def main() -> None:
     """Entry point of the `timm-etf` command."""
     with one_line_errors():

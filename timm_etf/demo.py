@@ -135,8 +135,17 @@ def _difference(learned: transfer.Result, etf: transfer.Result) -> dict[str, Any
 
 def _add_to_card(folder: Path, results: dict[str, Any], head: str) -> None:
     own = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows = [{k: t[k] for k in ("target", "classes", "count")} | t[head] for t in results["targets"]]
-    write_json(folder / "results.json", {**own, "transfer": {"protocol": results["protocol"], "targets": rows}})
+    rows = {
+        t["target"]: {
+            "metric": "top1",
+            "test_images": t["count"],
+            "accuracy": t[head]["accuracy"],
+            "interval_over_test_images": t[head]["interval"],
+        }
+        for t in results["targets"]
+    }
+    measured = {"seeds_of_protocols": 1, "protocols": {"probe": {"targets": rows, "mean": None}}}
+    write_json(folder / "results.json", {**own, "transfer": [measured]})
     hub.write_card(folder)
 
 

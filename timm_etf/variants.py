@@ -15,6 +15,7 @@ from timm.models import get_pretrained_cfg, list_models, model_entrypoint, regis
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
+from timm_etf import published
 from timm_etf.classifier import fix_classifier, fixed_classifiers
 from timm_etf.errors import UsageError
 from timm_etf.whitening import whiten_resnet
@@ -27,6 +28,9 @@ SW_SUFFIX = "_sw"
 
 HEAD_ARGS = ("frame", "frame_seed", "logit_scale", "feature_norm", "learn_scale", "projector")
 """Keyword arguments of the `_etf` variants: those of `fix_classifier`, with `frame_seed` for its seed."""
+
+_SOURCES = ("url", "file", "hf_hub_id", "state_dict")
+"""Where timm may find weights, in a configuration or an overlay of it."""
 
 skipped: dict[str, str] = {}
 """timm architectures without a variant, and why."""
@@ -65,7 +69,8 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
         overlay = dict(pretrained_cfg_overlay or {})
         if isinstance(pretrained_cfg, str):  # a tag: timm's own message where there is no such tag
             pretrained_cfg = get_pretrained_cfg(f"{name}.{pretrained_cfg}")
-        elif not pretrained_cfg and default_cfgs[name].is_pretrained:
+        elif not pretrained_cfg and pretrained and default_cfgs[name].is_pretrained:
+            # Without weights a variant is its base, with the base's input size and number of classes.
             pretrained_cfg = default_cfgs[name].default
         from_base = not pretrained_cfg
         if from_base:
@@ -73,11 +78,14 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
             overlay = {**NO_PROVENANCE, "architecture": name, **overlay}
             del overlay["tag"]
         known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg or PretrainedCfg())
-        if pretrained and not any({**known, **overlay}.get(k) for k in ("url", "file", "hf_hub_id", "state_dict")):
+        if pretrained and not any({**known, **overlay}.get(k) for k in _SOURCES):
             raise UsageError(
                 f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
                 f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
             )
+        published_as = f"{name}.{known.get('tag')}"
+        if pretrained and published_as in published.NAMES and not any(overlay.get(k) for k in _SOURCES):
+            overlay["file"] = str(published.weights(published_as, kwargs.get("cache_dir")))
         if whiten and pretrained:
             # timm calls this between building the model and loading: the weights are those of the whitened model.
             kwargs["pretrained_filter_fn"] = lambda state_dict, built: (whiten_resnet(built, **sw_args), state_dict)[1]
@@ -135,8 +143,8 @@ def _register() -> None:
 
 
 def _add(name: str, base: Callable[..., nn.Module], cfg: PretrainedCfg, *, whiten: bool = False) -> None:
-    cfg = replace(cfg, architecture=name, **NO_PROVENANCE)
-    default_cfgs[name] = DefaultCfg(tags=deque([""]), cfgs={"": cfg})
+    cfgs = published.pretrained_cfgs(name) or {"": replace(cfg, architecture=name, **NO_PROVENANCE)}
+    default_cfgs[name] = DefaultCfg(deque(cfgs), cfgs, is_pretrained="" not in cfgs)
     entry_point = _entry_point(name, base, whiten=whiten)
     setattr(sys.modules[__name__], name, entry_point)
     register_model(entry_point)

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -229,7 +231,10 @@ def test_a_failed_export_leaves_the_old_one(tmp_path: Path) -> None:
         (lambda c: c["etf"].update(format=99), "newer timm_etf .*format 99.*pip install --upgrade timm_etf"),
         (lambda c: c.clear(), "has no 'architecture'"),
         (lambda c: c["etf"].pop("frame"), "is damaged .see 'frame'"),
-        (lambda c: c["etf"].update(frame="sphere"), "is damaged .see 'frame'"),
+        (lambda c: c["etf"].update(frame="sphere"), "frame 'sphere', which this version does not know: pip install"),
+        (lambda c: c["etf"].pop("weights_sha256"), "is damaged .see 'weights_sha256'"),
+        (lambda c: c.update(architecture="resnet9999"), "'resnet9999', which timm .* does not know"),
+        (lambda c: c["pretrained_cfg"].update(hf_hub_filename="../x.safetensors"), "points to another file"),
         (lambda c: c["etf"].update(num_classes="10"), "is damaged .see 'num_classes'"),
         (lambda c: c["etf"].update(seed="a"), "is damaged .see 'seed'"),
         (lambda c: c["etf"].update(coherence=None), "is damaged .see 'coherence'"),
@@ -259,6 +264,11 @@ def test_a_learned_weight_under_the_block_is_not_called_a_frame(tmp_path: Path) 
     tensors = load_file(folder / "model.safetensors")
     tensors["fc.weight"] = torch.randn(10, 96)
     save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=r"is not what config\.json describes: its SHA-256 is not"):
+        timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["etf"]["weights_sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="promises a fixed simplex classifier, but the weights of 'fc' are not one"):
         timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
 
@@ -270,19 +280,52 @@ def test_plain_names_pass_through() -> None:
         timm_etf.create_model("org/name")
 
 
-def test_card_shows_what_the_files_hold(tmp_path: Path) -> None:
-    from huggingface_hub import ModelCard
+def test_half_precision_halves_the_file_and_keeps_the_frame(tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet_etf", num_classes=10).eval()
+    whole, half = (hub.export(net, tmp_path / str(h), half=h) / "model.safetensors" for h in (False, True))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    loaded = timm_etf.create_model(f"local-dir:{half.parent}", pretrained=True).eval()
+    assert torch.equal(loaded.fc.weight, net.fc.weight)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(loaded(images), net(images), rtol=1e-2, atol=1e-2)
 
-    source = {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.0, "epochs": 3, "seed": 5}
-    target = {"target": "letters", "classes": 24, "count": 480, "accuracy": 97.7, "interval": [96.1, 98.9]}
-    results = {"source": source, "transfer": {"protocol": "Linear probe.", "targets": [target]}}
-    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model", results=results)
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "timm"
-    assert card.data.pipeline_tag == "image-classification"
-    assert "transformers" not in card.data.tags
-    assert "| shapes | 37 | 61.25 | 100.00 | 3 | 5 |" in card.text
-    assert "| letters | 24 | 480 | 97.7 | 96.1 to 98.9 |" in card.text
-    assert "simplex ETF of 10 classes" in card.text
-    hub.write_card(folder, repo_id="org/name")
-    assert 'timm_etf.create_model("hf-hub:org/name", pretrained=True)' in (folder / "README.md").read_text()
+
+def test_pickled_weights_are_neither_written_nor_read(tmp_path: Path) -> None:
+    for file in Path(timm_etf.__file__).parent.rglob("*.py"):
+        text = file.read_text()
+        assert not re.search(r"torch\.(load|save)\(|safe_serialization=False|weights_only=False", text), file
+
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.pth"):
+        torch.save({"fc.weight": Hostile()}, folder / name)
+    with pytest.raises(UsageError, match=r"has no model\.safetensors. Pickled weights can run code"):
+        timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")  # under the name of a safe one
+    with pytest.raises(UsageError, match=r"is not what config\.json describes"):
+        timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["etf"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"model\.safetensors of local-dir:.* is damaged"):
+        timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_onnx_gives_the_published_logits(tmp_path: Path) -> None:
+    import onnxruntime
+
+    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model")
+    net = timm_etf.create_model(f"local-dir:{folder}", pretrained=True, exportable=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.onnx.export(net, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    [logits] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(logits), net(images), atol=1e-4)

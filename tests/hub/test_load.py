@@ -1,119 +1,166 @@
-"""`hf-hub:` names through the real huggingface_hub client and a real server on loopback, in processes of their own."""
+"""Loading from the Hub through the real client and a server that misbehaves, in processes of their own."""
 
-import hashlib
-import os
-import subprocess
+import json
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+from tests.hub.conftest import Client
+from tests.hub.loopback import READ, Fault, Hub, Repo
 from timm_etf import hub
 
-COMMIT = "0" * 39 + "1"
-
-
-class _Resolve(BaseHTTPRequestHandler):
-    """The part of the Hub that a download uses: HEAD and GET of /ORG/NAME/resolve/REVISION/FILE."""
-
-    folder: Path
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, *, with_body: bool) -> None:
-        repo, _, rest = self.path.partition("/resolve/")
-        file = self.folder / rest.partition("/")[2]
-        if repo != "/org/name" or not file.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if repo == "/org/name" else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = file.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    class Handler(_Resolve):
-        folder = tmp_path / "model"
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
-
-
-def _run(code: str, server: str, home: Path, *arguments: str, offline: bool = False) -> str:
-    env = os.environ | {"HF_ENDPOINT": server, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
-    env["HF_HUB_OFFLINE"] = "1" if offline else "0"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, check=False
-    )
-    return done.stdout + done.stderr
-
-
-CODE = """
-import sys, timm, torch
-name, images, logits = sys.argv[1:]
-if name.startswith("plain "):
-    sys.modules["timm_etf"] = None
-    net = timm.create_model(name.removeprefix("plain "), pretrained=True)
-    assert type(net.fc).__name__ == "Linear"
-else:
-    import timm_etf
-    net = timm_etf.create_model(name, pretrained=True)
-    assert type(net.fc).__name__ == "FixedClassifier"
-with torch.no_grad():
-    torch.save(net.eval()(torch.load(images)), logits)
-print("done")
+# Loads every name and prints what came of it, one JSON list; "disk full" before a name limits the size of its files.
+DRIVER = """
+import json, resource, signal, sys, torch, timm_etf
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+images, said = torch.load(sys.argv[1]), []
+for name in sys.argv[2:]:
+    full = name.startswith("disk full ")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        net = timm_etf.create_model("hf-hub:" + name.removeprefix("disk full "), pretrained=True).eval()
+        with torch.no_grad():
+            said.append([type(net.fc).__name__, net(images).flatten().tolist()])
+    except timm_etf.UsageError as e:
+        said.append(str(e))
+print(json.dumps(said))
 """
 
 
-def test_a_hub_repository_loads_with_and_without_the_plugin_and_then_offline(tmp_path: Path, server: str) -> None:
-    net = timm.create_model("test_resnet_etf", num_classes=10).eval()
-    hub.export(net, tmp_path / "model")
-    images = torch.randn(2, 3, 64, 64)
-    torch.save(images, tmp_path / "images.pt")
-    with torch.no_grad():
-        expected = net(images)
-    arguments = [str(tmp_path / "images.pt"), str(tmp_path / "logits.pt")]
-    for name, offline in (
-        ("hf-hub:org/name", False),
-        ("plain hf-hub:org/name@main", False),
-        ("hf-hub:org/name", True),  # from the cache of the first
-    ):
-        printed = _run(CODE, server, tmp_path / "home", name, *arguments, offline=offline)
-        assert printed.endswith("done\n"), printed
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
-        (tmp_path / "logits.pt").unlink()
+class Loader:
+    """Loads repositories in a process and knows what the exported model's answer is."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self.client, self.folder = client, folder
+        torch.manual_seed(0)
+        net = timm.create_model("test_resnet_etf", num_classes=10).eval()
+        self.files = {p.name: p.read_bytes() for p in hub.export(net, folder / "model").iterdir()}
+        images = torch.randn(2, 3, 64, 64)
+        torch.save(images, folder / "images.pt")
+        with torch.no_grad():
+            self.right = ["FixedClassifier", net(images).flatten().tolist()]
+
+    def __call__(self, *names: str, **environment: str) -> list[object]:
+        done = self.client(sys.executable, "-c", DRIVER, self.folder / "images.pt", *names, **environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def changed(self, change: object) -> dict[str, bytes]:
+        """The model's files with another config.json."""
+        config = json.loads(self.files["config.json"])
+        change(config)  # type: ignore[operator]
+        return self.files | {"config.json": json.dumps(config).encode()}
 
 
-def test_an_unknown_repository_is_one_clear_line(tmp_path: Path, server: str) -> None:
-    code = (
-        "import timm_etf; from timm_etf.errors import one_line_errors\n"
-        "with one_line_errors(): timm_etf.create_model('hf-hub:org/other', pretrained=True)"
+@pytest.fixture
+def loader(client: Client, tmp_path: Path) -> Loader:
+    return Loader(client, tmp_path)
+
+
+def test_what_passes_is_survived_and_what_stays_is_one_line(server: Hub, loader: Loader, tmp_path: Path) -> None:
+    def weights(repo: str, kind: str, times: int = 10**6) -> None:
+        server.add(f"org/{repo}", loader.files)
+        server.faults.append(Fault(f"GET /org/{repo}/resolve/{server.repos[f'org/{repo}'].refs['main']}/", kind, times))
+
+    for kind in ("drop", "cut", "slow", "swap"):
+        weights(f"once-{kind}", kind, 1)
+    passed = [f"org/once-{kind}" for kind in ("drop", "cut", "slow", "swap")]
+    for kind in ("500", "short", "swap"):
+        weights(f"always-{kind}", kind)
+    server.add("org/disk", loader.files)
+    stayed = [*(f"org/always-{kind}" for kind in ("500", "short", "swap")), "disk full org/disk"]
+    for name, outcome in zip(passed + stayed, loader(*passed, *stayed), strict=True):
+        if name in passed:
+            assert outcome == loader.right, name
+        else:
+            assert isinstance(outcome, str), name
+            assert outcome.startswith("Cannot get model.safetensors") or "is not the file that was published" in outcome
+            assert "\n" not in outcome
+    assert any(line.endswith("model.safetensors") for line in server.seen)
+    server.faults.clear()
+    # What went wrong has left nothing behind that would be taken for the model: the cache heals by itself,
+    assert loader(*(name.removeprefix("disk full ") for name in stayed)) == [loader.right] * len(stayed)
+    # and then needs no network, not even a name to resolve.
+    server.faults.append(Fault("/", "drop"))
+    assert loader("org/disk", HF_HUB_OFFLINE="1") == [loader.right]
+    assert loader("org/disk", HF_ENDPOINT="http://127.0.0.1:9") == [loader.right]
+    [said] = loader("org/never", HF_HUB_OFFLINE="1")
+    assert said == (
+        "Cannot get config.json of org/never: it is not in the cache, and HF_HUB_OFFLINE forbids to download it."
     )
-    printed = _run(code, server, tmp_path / "home").strip()
-    assert printed.startswith("error: Cannot get config.json of hf-hub:org/other")
-    assert "\n" not in printed
+
+
+def test_a_damaged_cache_is_mended_or_refused(server: Hub, loader: Loader, tmp_path: Path) -> None:
+    server.add("org/name", loader.files)
+    assert loader("org/name") == [loader.right]
+    [blob] = (p for p in (tmp_path / "home").rglob("blobs/*") if p.stat().st_size > 10**6)
+    for offline in ("1", "0"):
+        content = bytearray(loader.files["model.safetensors"])
+        content[-1] ^= 1
+        blob.write_bytes(content)
+        [said] = loader("org/name", HF_HUB_OFFLINE=offline)
+        assert (said == loader.right) == (offline == "0"), said
+        if offline == "1":
+            assert "is not the file that was published" in str(said)
+
+
+def test_repositories_that_are_not_what_they_should_be(server: Hub, loader: Loader, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"fc.weight": Hostile()}, tmp_path / "pytorch_model.bin")
+    pickled = (tmp_path / "pytorch_model.bin").read_bytes()
+    server.add("org/pickled", {"config.json": loader.files["config.json"], "pytorch_model.bin": pickled})
+    elsewhere = loader.changed(lambda c: c["pretrained_cfg"].update(hf_hub_filename="../../pytorch_model.bin"))
+    server.add("org/elsewhere", elsewhere | {"../../pytorch_model.bin": pickled})
+    server.add("org/newer", loader.changed(lambda c: c["etf"].update(format=2)))
+    server.add("org/hash", loader.changed(lambda c: c["etf"].update(weights_sha256="0" * 64)))
+    server.add("org/frame", loader.changed(lambda c: c["etf"].update(frame="octopus")))
+    server.add("org/transformers", {"config.json": b'{"model_type": "bert"}'})
+    server.add("org/empty", {"README.md": b""})
+    server.add("org/gated", loader.files, gated=True)
+    server.add("org/private", loader.files, private=True)
+    server.repos["org/escape"] = Repo(commits={"../../../../../escaped": loader.files})
+    server.repos["org/escape"].refs["main"] = "../../../../../escaped"
+    server.faults.append(Fault("/org/down/", "500"))
+    server.add("org/down", loader.files)
+    expected = {
+        "org/pickled": "hf-hub:org/pickled has no model.safetensors. Pickled weights can run code",
+        "org/elsewhere": "points to another file than model.safetensors",
+        "org/newer": "was written by a newer timm_etf (etf format 2",
+        "org/hash": "model.safetensors of org/hash",
+        "org/frame": "frame 'octopus', which this version does not know",
+        "org/transformers": "has no 'architecture': it is not one of timm's",
+        "org/empty": "has no config.json: it is not a model of timm's",
+        "org/gated": "access has to be asked for on its page",
+        "org/private": "no such repository. If it is private, log in with: hf auth login",
+        "org/missing": "no such repository",
+        "org/newer@v9": "the repository has no such branch, tag or commit",
+        "org/../name": "Cannot get config.json of org/../name",
+        "org/escape": "",
+        "org/down": "the Hub answered with error 500",
+    }
+    for (name, says), outcome in zip(expected.items(), loader(*expected), strict=True):
+        assert isinstance(outcome, str), name
+        assert says in outcome, name
+        assert "\n" not in outcome, name
+    assert not (tmp_path / "ran").exists()
+    assert not [*tmp_path.rglob("escaped"), *tmp_path.parent.glob("escaped")]
+    assert loader("org/private", token=READ) == [loader.right]
+
+
+def test_a_revision_is_pinned_and_one_commit_gives_config_and_weights(server: Hub, loader: Loader) -> None:
+    first = server.add("org/name", loader.files)
+    server.repos["org/name"].refs["v1"] = first
+    server.add("org/name", {"README.md": b"weights are gone"})
+    new, tagged, commit = loader("org/name", "org/name@v1", f"org/name@{first}")
+    assert "has no config.json" in str(new)
+    assert tagged == commit == loader.right
+    # The tag says which commit; everything after that names the commit.
+    assert {line.split("/resolve/")[1] for line in server.seen if "model.safetensors" in line} == {
+        f"{first}/model.safetensors"
+    }

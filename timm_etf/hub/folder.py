@@ -1,7 +1,6 @@
 """`export`: a folder that plain timm loads, with everything needed to restore the fixed classifier."""
 
 import copy
-import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +13,12 @@ from torch import nn
 
 from timm_etf import frames
 from timm_etf.atomic import atomic_folder, require_new_folder, write_json
-from timm_etf.classifier import fixed_classifiers, placed
+from timm_etf.classifier import classifier_names, fixed_classifiers, placed
 from timm_etf.errors import UsageError
 from timm_etf.hub.card import write_card
-from timm_etf.hub.load import FORMAT
+from timm_etf.hub.download import file_sha256
+from timm_etf.hub.load import FORMAT, WEIGHTS
 from timm_etf.variants import HEAD_ARGS, NO_PROVENANCE, base_name
-
-WEIGHTS = "model.safetensors"
 
 
 def export(
@@ -32,6 +30,7 @@ def export(
     label_names: list[str] | None = None,
     recipe: dict[str, Any] | None = None,
     results: dict[str, Any] | None = None,
+    half: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a folder for the Hub: config.json, model.safetensors, results.json and a card.
@@ -54,6 +53,8 @@ def export(
         label_names: Class names in the order of the logits.
         recipe: Training settings, recorded in config.json; JSON values.
         results: Measured numbers, written to results.json; the card is made from that file.
+        half: Whether convolutions and linear layers are stored as float16, which halves the file; they are loaded as
+            float32. Classifiers, norms and statistics keep their precision.
         overwrite: Whether a folder that is there already is replaced.
 
     Returns:
@@ -83,11 +84,15 @@ def export(
     with atomic_folder(folder) as new:
         # Contiguous, because safetensors refuses channels_last and transposed tensors.
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        if half:
+            heads = {f"{name}.weight" for name in classifier_names(model)} if model.num_classes else set()
+            tensors |= {
+                k: v.half() for k, v in tensors.items() if v.ndim > 1 and v.is_floating_point() and k not in heads
+            }
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        with (new / WEIGHTS).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        etf = _etf_block(trained, sha256, recipe)
+        etf = _etf_block(trained, file_sha256(new / WEIGHTS), recipe)
         write_json(new / "config.json", _config(model, new, tag, data_config, label_names, etf))
+        (new / WEIGHTS).chmod((new / "config.json").stat().st_mode)  # safetensors lets nobody else read it
         write_json(new / "results.json", results or {})
         write_card(new)
     return folder
@@ -111,8 +116,10 @@ def _config(
     )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] = {k: v for k, v in config["pretrained_cfg"].items() if v is not None}
-    # timm's factory records every argument it was given; plain timm does not know the classifier's.
-    config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in HEAD_ARGS}
+    # timm's factory records every argument it was given; plain timm does not know the classifier's, and transformers
+    # refuses the number of classes here, which timm reads at the root.
+    leave_out = {*HEAD_ARGS, "num_classes"}
+    config["model_args"] = {k: v for k, v in config.get("model_args", {}).items() if k not in leave_out}
     return config if etf is None else {**config, "etf": etf}
 
 

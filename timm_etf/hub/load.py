@@ -1,21 +1,46 @@
 """`create_model`: timm's, plus the frozen head that a published folder's `etf` block describes."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError, safe_open
 from timm.models import parse_model_name
-from timm.models._hub import download_from_hf
 from torch import nn
 
 from timm_etf import frames
 from timm_etf.classifier import classifier_names, fix_classifier, place
 from timm_etf.errors import UsageError
 from timm_etf.heads import FixedClassifier
+from timm_etf.hub.download import MissingFile, download, file_sha256, first_line
 
 FORMAT = 1
 """Version of the `etf` block this package writes; it reads this one and older."""
+
+WEIGHTS = "model.safetensors"
+"""The one file of weights that is written and read: never a pickle."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model outside timm's registry, its configuration read and checked.
+
+    Attributes:
+        name: What timm is to load: a Hub repository at the commit that the configuration is from, or a folder.
+        config: Its config.json.
+        weights: Its weights, checked against the `etf` block's hash; None where they were not asked for.
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: Path | None
+
+    @property
+    def etf(self) -> dict[str, Any] | None:
+        """What says how to restore the fixed classifier; None for models without one."""
+        return self.config.get("etf")
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -23,10 +48,11 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
     A folder or Hub repository written by `timm_etf.hub.export` holds an ordinary timm architecture whose classifier
     weight is the frame, and an `etf` block in its `config.json`. Plain timm ignores the block and gives the same logits
-    from a trainable classifier; this function reads it and freezes the classifier again, bit for bit.
+    from a trainable classifier; this function reads it and freezes the classifier again, bit for bit. Configuration
+    and weights are of one commit, and the weights are compared with the SHA-256 in the block.
 
     Args:
-        model_name: `"hf-hub:org/name"`, `"local-dir:folder"`, or any timm name.
+        model_name: `"hf-hub:org/name"` (or `org/name@revision`), `"local-dir:folder"`, or any timm name.
         pretrained: Whether to load the weights.
         **kwargs: Everything else `timm.create_model` takes. With another `num_classes` than the published one there is
             no frame to restore: the model gets timm's fresh trainable classifier (or none, for 0).
@@ -35,14 +61,15 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         The model.
 
     Raises:
-        UsageError: If the folder has no readable `config.json`, its `etf` block is from a newer version, or its
-            classifier weight is not the frame that the block promises.
+        UsageError: If the repository or folder cannot be read, is not one of timm's, holds pickled weights only or
+            weights of another hash, if its `etf` block is from a newer version, or if its classifier weight is not the
+            frame that the block promises.
     """
-    source, path = parse_model_name(model_name)
-    if source is None:
+    if parse_model_name(model_name)[0] is None:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
-    etf = _etf_block(source, path, kwargs.get("cache_dir"))
-    model = timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    located = locate(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir"))
+    model = timm.create_model(located.name, pretrained=pretrained, **kwargs)
+    etf = located.etf
     if etf is None or kwargs.get("features_only") or getattr(model, "num_classes", 0) != etf["num_classes"]:
         return model
     if etf["projector"] is not None:  # it was left out, and the frame was not in the backbone's own features
@@ -66,30 +93,86 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     return place(model, fixed)
 
 
-def _etf_block(source: str, path: str, cache_dir: str | Path | None) -> dict[str, Any] | None:
-    """The `etf` block of a source's config.json, or None if it has none."""
-    name = f"{source}:{path}"
+def locate(model_name: str, *, weights: bool = True, cache_dir: str | Path | None = None) -> Located:
+    """Read and check the configuration of a Hub repository or an exported folder, and where its weights are.
+
+    Args:
+        model_name: `"hf-hub:org/name"` (or `org/name@revision`) or `"local-dir:folder"`.
+        weights: Whether to get the weights too, and to check them.
+        cache_dir: huggingface_hub's cache; by default its own setting.
+
+    Raises:
+        UsageError: If anything about it is wrong, in one line.
+    """
+    source, path = parse_model_name(model_name)
+    if source == "hf-hub":
+        config_path = _config_of_repo(path, cache_dir)
+        # Everything else is taken from this file's commit, whatever is pushed meanwhile.
+        name = f"{source}:{path.partition('@')[0]}@{config_path.parent.name}"
+    else:
+        config_path, name = Path(path) / "config.json", model_name
     try:
-        config_path = (
-            download_from_hf(path, "config.json", cache_dir=cache_dir)
-            if source == "hf-hub"
-            else Path(path) / "config.json"
-        )
-    except Exception as e:  # huggingface_hub has many: no such repository, no access, no network, not in the cache
-        raise UsageError(
-            f"Cannot get config.json of {name} ({type(e).__name__}: {_first_line(e)}). Check the name, your login "
-            "and the network."
-        ) from e
-    try:
-        config = json.loads(Path(config_path).read_text(encoding="utf-8"))
+        config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UsageError(f"{name} has no readable config.json ({_first_line(e)}): is it an exported folder?") from None
-    if not isinstance(config, dict) or "architecture" not in config:
+        raise UsageError(
+            f"{model_name} has no readable config.json ({first_line(e)}): is it an exported folder?"
+        ) from None
+    _check_config(config, model_name)
+    if not weights:
+        return Located(name, config, None)
+    sha256 = (config.get("etf") or {}).get("weights_sha256")
+    if source == "hf-hub":
+        try:
+            file = download(name.partition(":")[2], WEIGHTS, cache_dir=cache_dir, sha256=sha256)
+        except MissingFile as e:
+            raise _no_safetensors(model_name) from e
+    else:
+        file = Path(path) / WEIGHTS
+        if not file.is_file():
+            raise _no_safetensors(model_name)
+        if sha256 and file_sha256(file) != sha256:
+            raise UsageError(
+                f"{file} is not what config.json describes: its SHA-256 is not {sha256[:12]}.... Copy or export the "
+                "model again."
+            )
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as e:
+        raise UsageError(f"The {WEIGHTS} of {model_name} is damaged ({first_line(e)}): get it again.") from None
+    return Located(name, config, file)
+
+
+def _config_of_repo(repo: str, cache_dir: str | Path | None) -> Path:
+    try:
+        return download(repo, "config.json", cache_dir=cache_dir)
+    except MissingFile as e:
+        raise UsageError(f"hf-hub:{repo} has no config.json: it is not a model of timm's.") from e
+
+
+def _no_safetensors(name: str) -> UsageError:
+    return UsageError(
+        f"{name} has no {WEIGHTS}. Pickled weights can run code and are not read here: ask its author for safetensors."
+    )
+
+
+def _check_config(config: Any, name: str) -> None:
+    """Refuse what is not timm's, what points to other files, and what this version cannot restore."""
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise UsageError(f"The config.json of {name} has no 'architecture': it is not one of timm's.")
-    etf = config.get("etf")
-    if etf is not None:
-        _check_block(etf, name)
-    return etf
+    if not timm.is_model(config["architecture"]):
+        raise UsageError(
+            f"{name} is a {config['architecture']!r}, which timm {timm.__version__} does not know: "
+            "pip install --upgrade timm, or import the package that adds it."
+        )
+    cfg = config.get("pretrained_cfg", config)
+    if not isinstance(cfg, dict) or any(cfg.get(k) for k in ("hf_hub_filename", "state_dict")):
+        raise UsageError(
+            f"The config.json of {name} points to another file than {WEIGHTS}, which is not followed: "
+            "timm.create_model reads it, if you trust it."
+        )
+    if config.get("etf") is not None:
+        _check_block(config["etf"], name)
 
 
 def _check_block(etf: Any, name: str) -> None:
@@ -100,14 +183,15 @@ def _check_block(etf: Any, name: str) -> None:
             f"{FORMAT}): pip install --upgrade timm_etf"
         )
     types: dict[str, Any] = {"format": int, "frame": str, "seed": int | None, "num_classes": int, "coherence": float}
-    types |= {"logit_scale": float, "feature_norm": bool, "projector": str | None}
+    types |= {"logit_scale": float, "feature_norm": bool, "projector": str | None, "weights_sha256": str}
     wrong = [k for k, t in types.items() if not isinstance(etf, dict) or k not in etf or not isinstance(etf[k], t)]
-    if wrong or etf["frame"] not in frames.FRAMES:
+    if wrong:
         raise UsageError(
-            f"The etf block in the config.json of {name} is damaged (see {(wrong or ['frame'])[0]!r}): download or "
-            "export the model again, or use timm.create_model to load it without its fixed classifier."
+            f"The etf block in the config.json of {name} is damaged (see {wrong[0]!r}): download or export the model "
+            "again, or use timm.create_model to load it without its fixed classifier."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no reason given")
+    if etf["frame"] not in frames.FRAMES:
+        raise UsageError(
+            f"{name} has a classifier of frame {etf['frame']!r}, which this version does not know: pip install "
+            "--upgrade timm_etf, or use timm.create_model to load it without its fixed classifier."
+        )

@@ -71,6 +71,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         data.check_images(splits.train, splits.val)
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "run.json", _run_record(config, settings, model, data_config, train_loader))
+        if config.data_dir and (licenses := config.data_dir / "LICENSES.md").exists():
+            write_text(config.out / "DATA_LICENSES.md", licenses.read_text(encoding="utf-8"))
     _require_same_frames(model)
 
     optimizer = create_optimizer_v2(
@@ -124,6 +126,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     results = {"source": {"data": config.dataset if config.data_dir is None else config.data_dir.name, **metrics}}
     results["source"]["epochs"], results["source"]["seed"] = config.epochs, config.seed
     if accelerator.is_main_process:
+        results["source"] |= {
+            "train_images": train_loader.num_samples,
+            "train_seconds": round(_train_seconds(config.out, train_loader.num_samples), 1),
+            "device": _device_name(accelerator),
+        }
         write_json(config.out / "results.json", results)
         hub.export(
             accelerator.unwrap_model(model).cpu(),
@@ -139,6 +146,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if stop.signum:
         raise Interrupted(stop.signum, f"Stopped, after the run in {config.out} was complete.")
     return results
+
+
+def _train_seconds(out: Path, train_images: int) -> float:
+    """Seconds that the epochs took without validation, over all calls of the run; a part of an epoch stands for all."""
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return sum(train_images / json.loads(line)["images_per_second"] for line in lines)
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    cuda = accelerator.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{accelerator.device.type}, {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {name}"
 
 
 def summary(config: PretrainConfig, results: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_etf.errors import UsageError
 from timm_etf.hub import create_model
+from timm_etf.hub.load import locate
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Candidate:
         except Exception as e:  # timm and the Hub have many: no weights, no network, wrong argument, damaged file
             first = next(iter(str(e).strip().splitlines()), type(e).__name__)
             raise UsageError(f"Cannot create {self.name}: {first}") from e
+
+    def weights_file(self) -> Path | None:
+        """The file of a folder's or repository's weights; None for what timm itself knows."""
+        if parse_model_name(self.name)[0] is None or not self.kwargs.get("pretrained", True):
+            return None
+        return locate(self.name, cache_dir=self.kwargs.get("cache_dir")).weights
 
 
 def parse(specs: Sequence[str]) -> list[Candidate]:

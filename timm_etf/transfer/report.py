@@ -50,6 +50,7 @@ class Report:
     missing: dict[str, str]
     notes: Sequence[str]
     collapse: dict[tuple[int, str], dict[str, float]]
+    weights_sha256: dict[int, str]
     settings: dict[str, Any]
 
     @cached_property
@@ -128,6 +129,7 @@ class Report:
         """Everything in the tables, and every repetition behind it."""
         return {
             "settings": self.settings,
+            "weights_sha256": {la: [self.weights_sha256.get(m) for m in self.members(la)] for la in self.labels},
             "reference": self.labels[0],
             "t_intervals_over": self.repetitions,
             "protocols": {p: self._protocol_json(p) for p in self.protocols},
@@ -156,6 +158,7 @@ class Report:
                 cells[label] = {
                     "accuracy": float(self.correct(label, target, protocol).mean()),
                     "interval_over_test_images": [float(low), float(high)],
+                    "by_model": [self._model_json(row, target) for row in rows],
                     "runs": [[r.accuracy(target.metric) for r in row] for row in rows],
                     "chosen": [[r.chosen for r in row] for row in rows],
                 }
@@ -174,6 +177,15 @@ class Report:
             "differences": self._differences_json(complete, protocol),
         }
         return {"targets": targets, MEAN: mean}
+
+    def _model_json(self, row: list[Result], target: Target) -> dict[str, Any]:
+        """One candidate's accuracy, averaged over seeds of the protocol."""
+        correct = np.mean([r.correct for r in row], axis=0, dtype=np.float64)
+        low, high = np.percentile(bootstrap(100 * correct * sample_weights(row[0].y, target.metric)), [2.5, 97.5])
+        return {
+            "accuracy": float(np.mean([r.accuracy(target.metric) for r in row])),
+            "interval_over_test_images": [float(low), float(high)],
+        }
 
     def _differences_json(self, targets: Sequence[Target], protocol: str) -> dict[str, Any]:
         found = {la: self.difference(la, targets, protocol) for la in self.labels[1:]}

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from timm_etf.atomic import write_json, write_text
 from timm_etf.errors import UsageError
 from timm_etf.geometry import collapse
+from timm_etf.hub.download import file_sha256
 from timm_etf.transfer import models
 from timm_etf.transfer.features import PRE_LOGITS, Features, Layers, Precision, extract, layer_names, load, weights_hash
 from timm_etf.transfer.fewshot import SHOTS, fewshot
@@ -139,6 +140,7 @@ def run(settings: Settings) -> Report:
         missing=failed,
         notes=work.notes,
         collapse=work.collapse,
+        weights_sha256=work.weights_sha256,
         settings=_about(settings, time.perf_counter() - started),
     )
     if state.is_main_process:
@@ -176,12 +178,15 @@ class _Work:
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self.collapse: dict[tuple[int, str], dict[str, float]] = {}
+        self.weights_sha256: dict[int, str] = {}
 
     def prepare(self, number: int) -> None:
         """Extract a candidate's features and line up its jobs."""
         candidate = self.candidates[number]
         try:
             model = candidate.create().to(self.device)
+            if file := candidate.weights_file():
+                self.weights_sha256[number] = file_sha256(file)
         except UsageError as e:
             self.missing[candidate.label] = str(e)
             return

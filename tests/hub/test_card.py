@@ -1,0 +1,151 @@
+"""Cards: valid for the Hub, true to the files, and with snippets that run."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import timm
+from huggingface_hub import ModelCard
+
+from timm_etf import hub
+from timm_etf.hub.card import card, own_results
+
+SOURCE = {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.0, "epochs": 3, "seed": 5}
+
+# The Hub's model card metadata, as its documentation gives it, as far as these cards use it.
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+METRIC = {
+    "type": "object",
+    "required": ["type", "value"],
+    "properties": {"type": TEXT, "value": {"type": "number"}, "name": TEXT, "args": {"type": "object"}},
+    "additionalProperties": False,
+}
+RESULT = {
+    "type": "object",
+    "required": ["task", "dataset", "metrics"],
+    "properties": {
+        "task": {"type": "object", "required": ["type"], "properties": {"type": {"const": "image-classification"}}},
+        "dataset": {"type": "object", "required": ["name", "type"], "properties": {"name": TEXT, "type": TEXT}},
+        "metrics": {"type": "array", "minItems": 1, "items": METRIC},
+    },
+    "additionalProperties": False,
+}
+SCHEMA = {
+    "type": "object",
+    "required": ["library_name", "pipeline_tag", "tags"],
+    "properties": {
+        "library_name": {"const": "timm"},
+        "pipeline_tag": {"enum": ["image-classification", "image-feature-extraction"]},
+        "tags": {"type": "array", "items": TEXT, "uniqueItems": True, "not": {"contains": {"const": "transformers"}}},
+        "license": {"type": "string", "pattern": "^[a-z0-9.-]+$"},
+        "datasets": {"type": "array", "items": {"type": "string", "pattern": "^[\\w.-]+(/[\\w.-]+)?$"}},
+        "model-index": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["name", "results"],
+                "properties": {"name": TEXT, "results": {"type": "array", "minItems": 1, "items": RESULT}},
+                "additionalProperties": False,
+            },
+        },
+    },
+    "additionalProperties": False,
+}
+
+
+def compared(sha256: str = "a" * 64) -> dict[str, Any]:
+    """results.json of a comparison of a learned and an ETF model on two targets, one of them failed for 10-shot."""
+
+    def cell(test_images: int, learned: float, etf: float) -> dict[str, Any]:
+        models = {
+            label: {"by_model": [{"accuracy": a, "interval_over_test_images": [a - 1, a + 1]}]}
+            for label, a in (("learned", learned), ("etf", etf))
+        }
+        interval = [etf - learned - 1, etf - learned + 1]
+        difference = {"mean": etf - learned, "interval_over_test_images": interval, "interval_over_runs": None}
+        return {"metric": "top1", "test_images": test_images, "models": models, "differences": {"etf": difference}}
+
+    cells = {"kanji": cell(100, 80.0, 77.5), "digits": cell(50, 90.0, 90.25)}
+    mean = {"targets": ["kanji", "digits"], "differences": {"etf": cell(150, 85.0, 83.875)["differences"]["etf"]}}
+    few = {"digits": cell(50, 60.0, 65.0)}
+    return {
+        "weights_sha256": {"learned": ["b" * 64], "etf": [sha256]},
+        "reference": "learned",
+        "settings": {"seeds": 2, "versions": {"timm": "1"}},
+        "protocols": {"probe": {"targets": cells, "mean": mean}, "10-shot": {"targets": few, "mean": None}},
+        "collapse_of_train_features": {"etf": {"kanji": [{"nc1": 1.5, "cdnv": 0.25, "vci": 0.5, "within": 0.125}]}},
+    }
+
+
+def exported(tmp_path: Path, name: str = "test_resnet_etf", results: dict[str, Any] | None = None) -> Path:
+    net = timm.create_model(name, num_classes=10)
+    recipe = {"dataset": "hfds/someone/shapes", "opt": "sgd", "scale": [0.5, 1.0], "auto_augment": None}
+    return hub.export(net, tmp_path / "model", results=results, recipe=recipe, tag="shapes")
+
+
+def metadata(text: str) -> dict[str, Any]:
+    data = ModelCard(text).data.to_dict()
+    jsonschema.validate(data, SCHEMA)
+    return data
+
+
+@pytest.mark.parametrize("name", ["test_resnet_etf", "test_resnet", "test_vit_etf", "resnet10t_sw_etf"])
+@pytest.mark.parametrize("results", [{}, {"source": SOURCE}])
+def test_metadata_is_what_the_hub_takes(tmp_path: Path, name: str, results: dict[str, Any]) -> None:
+    folder = exported(tmp_path, name, results)
+    data = metadata((folder / "README.md").read_text())
+    assert ("model-index" in data) == bool(results)
+    assert ("etf" in data["tags"]) == name.endswith("_etf")
+    assert data.get("datasets") == (["someone/shapes"] if name.endswith("_etf") else None)
+
+
+def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
+    folder = exported(tmp_path, results={"source": SOURCE})
+    config = json.loads((folder / "config.json").read_text())
+    own = own_results(compared(), "a" * 64)
+    text = card(config, {"source": SOURCE, "transfer": [own]}, "org/name", license="mit", beside={"results.png"})
+    data = metadata(text)
+    [model] = data["model-index"]
+    assert model["name"] == "name"
+    found = {(r["dataset"]["type"], m["name"]): m for r in model["results"] for m in r["metrics"]}
+    assert found["shapes", "top1, source task"]["value"] == 61.25
+    assert found["kanji", "top1, probe"]["value"] == 77.5
+    assert found["kanji", "top1, probe"]["args"]["interval_95_over_test_images"] == [76.5, 78.5]
+    assert found["digits", "top1, 10-shot"]["args"]["trainings"] == 1
+    for line in (
+        "| shapes | 37 | 61.25 | 100.00 | 3 | 5 |",
+        "| target | test images | probe | 10-shot |",
+        "| kanji | 100 | 77.5 [76.5 to 78.5] | - |",
+        "| digits | 50 | 90.2 [89.2 to 91.2] | 65.0 [64.0 to 66.0] |",
+        "| **mean** | | **83.9** | - |",
+        "| kanji | -2.5 [-3.5 to -1.5] | - |",
+        "| kanji | 1.5 | 0.25 | 0.5 | 0.125 |",
+        "- `learned` was ahead, beyond the interval over test images, on: kanji (probe, -2.5).",
+        "| scale | 0.5 to 1.0 |",
+        "![Accuracy on the source task over epochs, and on other tasks](results.png)",
+    ):
+        assert line in text.splitlines(), line
+    assert "simplex ETF of 10 classes" in text
+    assert "auto_augment" not in text
+    assert 'timm_etf.create_model("hf-hub:org/name", pretrained=True)' in text
+    assert own_results(compared("c" * 64), "a" * 64) is None
+
+
+@pytest.mark.parametrize("name", ["test_resnet_etf", "resnet10t_sw_etf"])
+def test_snippets_run(tmp_path: Path, images: Path, name: str) -> None:
+    folder = exported(tmp_path, name)
+    text = (folder / "README.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    assert code.count("create_model(") == 4
+    assert "range(5)" in code
+    code = code.replace("FOLDER", str(folder)).replace("range(5)", "range(1)")
+    shutil.copytree(images / "validation", tmp_path / "DATA")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

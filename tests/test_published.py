@@ -1,0 +1,120 @@
+"""Every published checkpoint: registered, complete, with its card, and what its hash says."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_etf
+from tests.hub.conftest import client as client
+from tests.hub.conftest import server as server
+from tests.hub.loopback import Hub
+from timm_etf import FixedClassifier, UsageError, published
+from timm_etf.hub.card import card
+from timm_etf.hub.download import file_sha256
+
+PACKAGE = Path(timm_etf.__file__).parent
+CARDS = Path(__file__).parents[1] / "hub_cards"
+
+
+def test_registry_cards_and_folders_are_of_the_same_checkpoints() -> None:
+    assert {p.parent.name for p in (PACKAGE / "published").glob("*/config.json")} == set(published.NAMES)
+    assert {p.name for p in CARDS.iterdir() if p.is_dir()} == set(published.NAMES)
+    assert timm.list_models("*_etf", pretrained=True) == sorted(published.NAMES)
+    for name in published.NAMES:
+        variant = name.partition(".")[0]
+        assert timm.is_model_pretrained(variant)
+        assert timm.get_pretrained_cfg(name).hf_hub_id == f"timm-etf/{name}"
+
+
+@pytest.mark.parametrize("name", published.NAMES)
+def test_the_card_is_made_of_the_files_beside_it(name: str) -> None:
+    folder, config = CARDS / name, published.config(name)
+    results = json.loads((folder / "results.json").read_text())
+    beside = {p.name for p in folder.iterdir()}
+    shown = (folder / "README.md").read_text()
+    assert shown == card(config, results, f"timm-etf/{name}", license="apache-2.0", beside=beside)
+    assert {"results.png", "log.jsonl", "DATA_LICENSES.md"} <= beside
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert f"{last['top1']:.2f}" in shown
+    assert results["transfer"][0]["protocols"]["probe"]["mean"]
+    assert results["transfer"][0]["weights_sha256"] == config["etf"]["weights_sha256"]
+
+
+@pytest.mark.parametrize("name", published.NAMES)
+def test_weights_that_come_with_the_package_are_those_that_were_published(name: str) -> None:
+    file = PACKAGE / "published" / name / "model.safetensors"
+    assert file.stat().st_size < 12e6
+    assert file_sha256(file) == published.config(name)["etf"]["weights_sha256"]
+
+
+def test_pretrained_answers_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    net = timm.create_model("resnet10t_etf", pretrained=True).eval()
+    assert isinstance(net.fc, FixedClassifier)
+    assert not list(net.fc.parameters())
+    assert net.num_classes == 399
+    assert net.pretrained_cfg["input_size"] == (3, 40, 40)
+    assert len(net.pretrained_cfg["label_names"]) == 399
+    assert torch.allclose(net.fc.weight, timm_etf.frames.simplex(399, 512).float())
+    # Any of timm's arguments, as with its own weights.
+    assert timm.create_model("resnet10t_etf.icons400", pretrained=True, num_classes=0)(
+        torch.randn(1, 3, 40, 40)
+    ).shape == (1, 512)
+    fresh = timm.create_model("resnet10t_etf", pretrained=True, num_classes=7, in_chans=1)
+    assert fresh.fc.weight.shape == (7, 512)
+    assert torch.equal(fresh.layer4[0].conv1.weight, net.layer4[0].conv1.weight)
+    plain = timm.create_model("resnet10t_etf")
+    assert (plain.num_classes, plain.pretrained_cfg["input_size"]) == (1000, (3, 176, 176))
+    with pytest.raises(UsageError, match="No pretrained weights exist for resnet18_etf"):
+        timm.create_model("resnet18_etf", pretrained=True)
+
+
+FROM_HUB = """
+import timm, timm_etf
+try:
+    net = timm.create_model("resnet10t_etf", pretrained=True)
+    print(type(net.fc).__name__, net.pretrained_cfg["hf_hub_id"])
+except timm_etf.UsageError as e:
+    print(e)
+"""
+
+
+def test_without_its_weights_the_package_gets_them_from_the_hub(server: Hub, client: object, tmp_path: Path) -> None:
+    name = published.NAMES[0]
+    shutil.copytree(PACKAGE, tmp_path / "package" / "timm_etf", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = (PACKAGE / "published" / name / "model.safetensors").read_bytes()
+    place = {"PYTHONPATH": str(tmp_path / "package"), "TIMM_ETF_HUB_ORG": "mirror"}
+
+    def load() -> str:
+        return client(sys.executable, "-c", FROM_HUB, **place).stdout.strip()  # type: ignore[operator]
+
+    assert (
+        load() == f"Cannot get model.safetensors of mirror/{name}: no such repository. If it is private, "
+        "log in with: hf auth login"
+    )
+    server.add(f"mirror/{name}", {"model.safetensors": weights[:-1] + b"!"})
+    assert "is not the file that was published" in load()
+    server.add(f"mirror/{name}", {"model.safetensors": weights})
+    assert load() == f"FixedClassifier mirror/{name}"
+
+
+def test_the_downstream_example_runs(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train").symlink_to(images / "train")
+    (folder / "test").symlink_to(images / "validation")
+    script = Path(__file__).parents[1] / "examples" / "finetune_downstream.py"
+    arguments = ["--data", folder, "--epochs", "1", "--seeds", "1"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "difference" in done.stdout

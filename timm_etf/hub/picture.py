@@ -1,0 +1,71 @@
+"""The picture of a card: accuracy on the source task over epochs, and on other tasks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+COLOURS = ("#c8102e", "#1f5fa8", "#2f8f4e", "#d98a00", "#7a3fa0", "#00868b")
+_STYLE: Any = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def draw(results: dict[str, Any], log: Path | None, path: Path) -> Path | None:
+    """Draw results.json and log.jsonl of a run.
+
+    Args:
+        results: results.json of the checkpoint.
+        log: Its log.jsonl, if there is one.
+        path: PNG file to write.
+
+    Returns:
+        The path, or None if there is nothing to draw.
+    """
+    parts = [p for p in results.get("transfer", []) if p["protocols"]]
+    if not parts and log is None:
+        return None
+    targets = sum(len(_targets(p)) for p in parts)
+    with rc_context(_STYLE):
+        figure: Any = Figure(
+            figsize=(5 * (log is not None) + 7 * bool(parts), max(3.2, 1.2 + 0.4 * targets)), layout="constrained"
+        )
+        axes = figure.subplots(1, (log is not None) + len(parts), squeeze=False)[0]
+        if log is not None:
+            _learning(axes[0], log)
+        for axis, part in zip(axes[log is not None :], parts, strict=True):
+            _transfer(axis, part)
+        figure.savefig(path, dpi=110, format="png")
+    return path
+
+
+def _targets(part: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(t for found in part["protocols"].values() for t in found["targets"]))
+
+
+def _learning(axis: Any, log: Path) -> None:
+    epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for key, label, colour in (("top1", "top-1", COLOURS[0]), ("top5", "top-5", COLOURS[1])):
+        axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", color=colour, label=label, markersize=3)
+    axis.set(xlabel="epoch", ylabel="accuracy (%)", title="Source task, validation images", ylim=(0, 100))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(frameon=False, loc="lower right")
+
+
+def _transfer(axis: Any, part: dict[str, Any]) -> None:
+    targets = _targets(part)
+    protocols = part["protocols"]
+    for number, (protocol, found) in enumerate(protocols.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        shift = (number - (len(protocols) - 1) / 2) * 0.6 / len(protocols)
+        for row, target in enumerate(targets):
+            if cell := found["targets"].get(target):
+                axis.plot(cell["interval_over_test_images"], [row + shift] * 2, color=colour, linewidth=1.6)
+                axis.plot(cell["accuracy"], row + shift, "o", color=colour, markersize=4)
+        axis.plot([], [], "o-", color=colour, label=protocol, markersize=4)
+    axis.set_yticks(range(len(targets)), targets)
+    axis.set(ylim=(len(targets) - 0.5, -0.5), xlabel="accuracy (%), 95 % over test images, one training")
+    axis.set_title("Other tasks")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(frameon=False, ncols=len(protocols), loc="lower center", bbox_to_anchor=(0.5, 1.05), columnspacing=1.0)
