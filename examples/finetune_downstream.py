@@ -3,8 +3,8 @@
     python examples/finetune_downstream.py                      # Greek letters and MNIST, drawn here: extra [demo]
     python examples/finetune_downstream.py --data MY_IMAGES     # MY_IMAGES/train/CLASS/*, MY_IMAGES/test/CLASS/*
 
-Both get the same images, number of steps and choice of learning rate: each rate is tried on a fifth of the training
-images, and the best one is used on all of them.
+Both get the same few images of each class, number of steps and choice of learning rate: each rate is tried on a fifth
+of the training images, and the best one is used on all of them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def create(pretrained: bool, num_classes: int) -> nn.Module:
 
 def finetune(model: nn.Module, train: Dataset, epochs: int, lr: float, bar: tqdm) -> nn.Module:
     """SGD with a cosine schedule, all layers."""
-    loader = DataLoader(train, batch_size=64, shuffle=True)
+    loader = DataLoader(train, batch_size=32, shuffle=True)
     optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=lr, weight_decay=5e-4, momentum=0.9)
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=epochs, updates_per_epoch=len(loader), step_on_epochs=False
@@ -59,7 +59,7 @@ def accuracy(model: nn.Module, images: Dataset) -> float:
     return 100 * torch.cat(hits).float().mean().item()
 
 
-def measure(root: Path, pretrained: bool, epochs: int, seed: int) -> tuple[float, float]:
+def measure(root: Path, pretrained: bool, per_class: int, epochs: int, seed: int) -> tuple[float, float]:
     """Test accuracy, and the learning rate that a fifth of the training images chose."""
     splits = [timm.data.create_dataset("folder", str(root / split)) for split in ("train", "test")]
     names = splits[0].reader.class_to_idx
@@ -67,10 +67,14 @@ def measure(root: Path, pretrained: bool, epochs: int, seed: int) -> tuple[float
     config = timm.data.resolve_data_config(model=timm.create_model("resnet10t_etf.icons400", pretrained=True))
     for images in splits:
         images.transform = timm.data.create_transform(**config)
-    train, test = splits
     torch.manual_seed(seed)
-    order = torch.randperm(len(train)).tolist()
-    held, rest = Subset(train, order[: len(order) // 5]), Subset(train, order[len(order) // 5 :])
+    labels = torch.tensor([label for _, label in splits[0].reader.samples])
+    order = torch.randperm(len(labels))
+    chosen = [order[labels[order] == k][:per_class] for k in range(len(names))]
+    held, rest, train = (
+        Subset(splits[0], torch.cat(part).tolist())
+        for part in ([c[: len(c) // 5] for c in chosen], [c[len(c) // 5 :] for c in chosen], chosen)
+    )
     total = (len(RATES) * len(rest) + len(train)) * epochs
     with tqdm(
         total=total, unit="img", leave=False, desc=f"{root.name}, {'' if pretrained else 'not '}pretrained"
@@ -81,14 +85,15 @@ def measure(root: Path, pretrained: bool, epochs: int, seed: int) -> tuple[float
             tried[lr] = accuracy(finetune(create(pretrained, len(names)), rest, epochs, lr, bar), held)
         best = max(tried, key=lambda lr: tried[lr])
         torch.manual_seed(seed)
-        return accuracy(finetune(create(pretrained, len(names)), train, epochs, best, bar), test), best
+        return accuracy(finetune(create(pretrained, len(names)), train, epochs, best, bar), splits[1]), best
 
 
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="*", help="folders with train/CLASS/* and test/CLASS/*")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--per-class", type=int, default=20, help="training images of each class, at least 5")
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the images are drawn without --data")
     arguments = parser.parse_args()
@@ -96,11 +101,17 @@ def main() -> None:
     if not roots:
         drawn = data.build_targets(arguments.root)
         roots = [drawn["letters-greek"], drawn["mnist-5k"]]
-    print(f"test accuracy after {arguments.epochs} epochs, %: mean of {arguments.seeds} seeds (each; learning rates)")
+    print(
+        f"test accuracy in % with {arguments.per_class} training images per class and {arguments.epochs} epochs: "
+        f"mean of {arguments.seeds} seeds (each; learning rates)"
+    )
     for root in roots:
         means = []
         for pretrained in (True, False):
-            runs = [measure(root, pretrained, arguments.epochs, seed) for seed in range(arguments.seeds)]
+            runs = [
+                measure(root, pretrained, arguments.per_class, arguments.epochs, seed)
+                for seed in range(arguments.seeds)
+            ]
             means.append(statistics.mean(a for a, _ in runs))
             each = ", ".join(f"{a:.1f}" for a, _ in runs)
             rates = ", ".join(f"{lr:g}" for _, lr in runs)

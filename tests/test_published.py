@@ -16,8 +16,8 @@ from tests.hub.conftest import client as client
 from tests.hub.conftest import server as server
 from tests.hub.loopback import Hub
 from timm_etf import FixedClassifier, UsageError, published
+from timm_etf.download import file_sha256
 from timm_etf.hub.card import card
-from timm_etf.hub.download import file_sha256
 
 PACKAGE = Path(timm_etf.__file__).parent
 CARDS = Path(__file__).parents[1] / "hub_cards"
@@ -77,6 +77,18 @@ def test_pretrained_answers_without_a_network(monkeypatch: pytest.MonkeyPatch) -
     assert (plain.num_classes, plain.pretrained_cfg["input_size"]) == (1000, (3, 176, 176))
     with pytest.raises(UsageError, match="No pretrained weights exist for resnet18_etf"):
         timm.create_model("resnet18_etf", pretrained=True)
+
+
+def test_onnx_gives_the_published_logits(tmp_path: Path) -> None:
+    import onnxruntime
+
+    net = timm.create_model("resnet10t_etf", pretrained=True, exportable=True).eval()
+    images = torch.randn(2, *timm.data.resolve_data_config(model=net)["input_size"])
+    torch.onnx.export(net, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    [logits] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(logits), net(images), atol=1e-4)
 
 
 FROM_HUB = """

@@ -118,6 +118,10 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     assert found["shapes", "top1, source task"]["value"] == 61.25
     assert found["kanji", "top1, probe"]["value"] == 77.5
     assert found["kanji", "top1, probe"]["args"]["interval_95_over_test_images"] == [76.5, 78.5]
+    assert (found["kanji", "nc1, training features"]["type"], found["kanji", "nc1, training features"]["value"]) == (
+        "nc1",
+        1.5,
+    )
     assert found["digits", "top1, 10-shot"]["args"]["trainings"] == 1
     for line in (
         "| shapes | 37 | 61.25 | 100.00 | 3 | 5 |",

@@ -316,16 +316,3 @@ def test_pickled_weights_are_neither_written_nor_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.safetensors of local-dir:.* is damaged"):
         timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
     assert not (tmp_path / "ran").exists()
-
-
-def test_onnx_gives_the_published_logits(tmp_path: Path) -> None:
-    import onnxruntime
-
-    folder = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "model")
-    net = timm_etf.create_model(f"local-dir:{folder}", pretrained=True, exportable=True).eval()
-    images = torch.randn(2, 3, 64, 64)
-    torch.onnx.export(net, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    [logits] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    with torch.no_grad():
-        assert torch.allclose(torch.from_numpy(logits), net(images), atol=1e-4)

@@ -175,14 +175,14 @@ def _evaluations(results: dict[str, Any]) -> list[Any]:
     """The model-index: the source task and every target under every protocol."""
     from huggingface_hub import EvalResult
 
-    def evaluation(dataset: str, metric: str, value: float, **args: Any) -> EvalResult:
+    def evaluation(dataset: str, metric: str, value: float, kind: str = "accuracy", **args: Any) -> EvalResult:
         return EvalResult(
             task_type="image-classification",
             dataset_type=dataset,
             dataset_name=dataset,
-            metric_type="accuracy",
+            metric_type=kind,
             metric_name=metric,
-            metric_value=round(value, 2),
+            metric_value=float(f"{value:.4g}"),
             metric_args=args,
         )
 
@@ -197,4 +197,6 @@ def _evaluations(results: dict[str, Any]) -> list[Any]:
                 about = {"images": row["test_images"], "interval_95_over_test_images": interval}
                 about |= {"trainings": 1, "protocol_seeds": part["seeds_of_protocols"]}
                 found.append(evaluation(target, f"{row['metric']}, {protocol}", row["accuracy"], **about))
+        for target, row in part.get("collapse", {}).items():
+            found += [evaluation(target, f"{k}, training features", row[k], kind=k) for k in ("nc1", "cdnv", "vci")]
     return found

@@ -12,9 +12,9 @@ from torch import nn
 
 from timm_etf import frames
 from timm_etf.classifier import classifier_names, fix_classifier, place
+from timm_etf.download import MissingFile, download, file_sha256, first_line
 from timm_etf.errors import UsageError
 from timm_etf.heads import FixedClassifier
-from timm_etf.hub.download import MissingFile, download, file_sha256, first_line
 
 FORMAT = 1
 """Version of the `etf` block this package writes; it reads this one and older."""

@@ -22,9 +22,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from timm_etf.download import file_sha256, first_line
 from timm_etf.errors import UsageError
 from timm_etf.hub.card import DATA_LICENSES, LOG, PICTURE, card, own_results
-from timm_etf.hub.download import file_sha256, first_line
 from timm_etf.hub.load import WEIGHTS, locate
 
 _FROM_EXPORT = (WEIGHTS, "config.json", "results.json")

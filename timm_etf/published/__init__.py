@@ -11,6 +11,7 @@ from typing import Any
 
 from timm.models._pretrained import PretrainedCfg
 
+from timm_etf.download import download, file_sha256
 from timm_etf.errors import UsageError
 
 NAMES = ("resnet10t_etf.icons400",)
@@ -53,8 +54,6 @@ def weights(name: str, cache_dir: str | Path | None = None) -> Path:
     Raises:
         UsageError: If they cannot be had, or are not those that were published.
     """
-    from timm_etf.hub.download import download, file_sha256
-
     sha256 = config(name)["etf"]["weights_sha256"]
     embedded = _HERE / name / _WEIGHTS
     if not embedded.exists():

@@ -14,6 +14,9 @@ _MAX_INNER = 250
 _FORCING = 0.3
 _SUFFICIENT = 1e-4
 _FLOOR = 0.1
+_REACH = 4.0
+_ON_THE_WAY = 0.1
+_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 _BLOCK = 8192
 
 
@@ -27,7 +30,8 @@ def logistic_path(
 
     - The features are rotated into their principal axes once, which changes neither loss nor penalty. There the Hessian
       is nearly diagonal, and its exact diagonal preconditions the conjugate gradients.
-    - From strong to weak, each fit starts at the one before, whose gradient under the new strength needs no data.
+    - From strong to weak, each fit starts at the one before, whose gradient under the new strength needs no data; where
+      strengths lie far apart, rough fits between them lead there.
     - A step is found only as well as the distance to the solution asks for, and no fit is better than `tolerance`.
 
     Args:
@@ -51,8 +55,15 @@ def logistic_path(
     x_NR, basis_DR = _principal_axes(x)
     problem = _Problem(x_NR, y, num_classes)
     solutions = x.new_empty(len(strengths), num_classes, x.shape[1] + 1)
+    # Without a penalty that holds it a first step would end where probabilities are 0 and 1 and Newton's method is lost:
+    # the way starts where the penalty outweighs every direction of the features, and goes down in small steps.
+    strength = x_NR.square().sum(0).max().item()
     for s in sorted(range(len(strengths)), key=lambda i: -strengths[i]):
-        w_KR = problem.solve(strengths[s] / n, tolerance)
+        while strength > _REACH * strengths[s]:
+            problem.solve(strength / n, _ON_THE_WAY)
+            strength /= _REACH
+        strength = strengths[s]
+        w_KR = problem.solve(strength / n, tolerance)
         solutions[s, :, :-1] = w_KR[:, :-1] @ basis_DR.T
         solutions[s, :, -1] = w_KR[:, -1] - w_KR[:, -1].mean()  # a constant in all biases changes nothing
     return solutions
@@ -110,7 +121,7 @@ class _Problem:
             gap = -(step_KR * gradient).sum().item() / 2
             if gap <= allowed / 10:
                 break
-            for length in (1.0, 0.3, 0.1, 0.01):
+            for length in _LENGTHS:
                 w_KR = self.w_KR + length * step_KR
                 loss, loss_gradient, p_NK = self.evaluate(w_KR)
                 new_objective, new_gradient = self.objective(w_KR, loss, loss_gradient)

@@ -21,9 +21,9 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_etf.atomic import write_json, write_text
+from timm_etf.download import file_sha256
 from timm_etf.errors import UsageError
 from timm_etf.geometry import collapse
-from timm_etf.hub.download import file_sha256
 from timm_etf.transfer import models
 from timm_etf.transfer.features import PRE_LOGITS, Features, Layers, Precision, extract, layer_names, load, weights_hash
 from timm_etf.transfer.fewshot import SHOTS, fewshot
@@ -37,7 +37,7 @@ from timm_etf.transfer.targets import Splits, open_splits, resolve
 
 PROTOCOLS = ("probe", "knn", "finetune", "fewshot")
 
-_VERSION = 1
+_VERSION = 2
 """Raised when a protocol's numbers change; results of another version are computed again."""
 
 
