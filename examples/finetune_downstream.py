@@ -92,7 +92,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="*", help="folders with train/CLASS/* and test/CLASS/*")
-    parser.add_argument("--per-class", type=int, default=20, help="training images of each class, at least 5")
+    parser.add_argument("--per-class", type=int, default=20, help="training images of each class at most; at least 5")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the images are drawn without --data")
@@ -102,7 +102,7 @@ def main() -> None:
         drawn = data.build_targets(arguments.root)
         roots = [drawn["letters-greek"], drawn["mnist-5k"]]
     print(
-        f"test accuracy in % with {arguments.per_class} training images per class and {arguments.epochs} epochs: "
+        f"test accuracy in % with up to {arguments.per_class} training images per class and {arguments.epochs} epochs: "
         f"mean of {arguments.seeds} seeds (each; learning rates)"
     )
     for root in roots:

@@ -42,19 +42,21 @@ class Fault:
 
     where: str
     kind: str
-    """`500`, `drop` (connection reset), `cut` (half the body), `short` (half of it, called whole), `swap`, `slow`."""
+    """`500`; `drop`: no answer; `cut`: half the body, then the end; `reset`: then a reset; `short`: half, called whole;
+    `swap`: another byte; `slow`: four seconds before the answer."""
     times: int = 10**6
 
 
 @dataclass
 class Hub:
-    """State of the server; the requests it answered are in `seen`."""
+    """State of the server; the requests it answered are in `seen`, the files it sent from the middle in `resumed`."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
 
     def add(self, repo_id: str, files: dict[str, bytes], **options: Any) -> str:
         """Put a commit into a repository, as if somebody had pushed it; returns its hash."""
@@ -119,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.fault.kind == "500":
                 return self._error(500, "")
             if self.fault.kind == "drop":
-                return self._reset()
+                return self._end(reset=True)
             if self.fault.kind == "slow":
                 time.sleep(4)
         routes = [
@@ -238,6 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(asked[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             content, status = content[start:], 206
+            self.state.resumed.append(f"{name}/{path}")
         self._send(status, content, headers)
 
     # the wire
@@ -291,14 +294,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         with contextlib.suppress(OSError):  # the client may have gone
-            self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
+            half = kind in ("cut", "reset")
+            self.wfile.write(body[: len(body) // 2] if half else body)
             self.wfile.flush()
-            if kind == "cut":
-                self._reset()
+            if half:
+                self._end(reset=kind == "reset")
 
-    def _reset(self) -> None:
+    def _end(self, *, reset: bool) -> None:
         """End the connection without a word."""
         self.close_connection = True
         with contextlib.suppress(OSError):
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown(socket.SHUT_WR)
+            if reset:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            else:
+                self.connection.shutdown(socket.SHUT_WR)

@@ -16,6 +16,7 @@ RESULTS = {"source": {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.
 
 PLAIN = """
 import sys, timm, torch
+from PIL import Image
 assert not any(name.startswith("timm_etf") for name in sys.modules)
 name, folder = sys.argv[1:]
 images = torch.load(f"{folder}/images.pt")
@@ -24,7 +25,9 @@ assert type(net.fc) is torch.nn.Linear and net.fc.weight.requires_grad
 with torch.no_grad():
     torch.save(net(images), f"{folder}/plain.pt")
     assert timm.create_model(f"hf-hub:{name}", pretrained=True, num_classes=7).eval()(images).shape == (2, 7)
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    pixels = AutoImageProcessor.from_pretrained(name)(Image.new("RGB", (200, 150)), return_tensors="pt")["pixel_values"]
+    assert pixels.shape[1:] == net.pretrained_cfg["input_size"]
     other = AutoModelForImageClassification.from_pretrained(name).eval()
     torch.save(other(pixel_values=images).logits, f"{folder}/transformers.pt")
 """

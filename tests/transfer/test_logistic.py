@@ -83,8 +83,8 @@ def test_it_solves_in_the_order_asked_and_does_not_depend_on_the_rest_of_the_pat
 
 
 def test_one_strength_alone_arrives_where_the_path_does() -> None:
-    # Rarely active, heavy-tailed features: a Newton step from zero lands where probabilities are 0 and 1, and from there
-    # a line search once gave up a whole nat above the solution.
+    # Rarely active, heavy-tailed features: a Newton step from zero lands where probabilities are 0 and 1, and there a
+    # line search once gave up a whole nat above the solution.
     rng = np.random.default_rng(0)
     y = np.arange(1500) % 38
     x = np.maximum(rng.normal(size=(38, 256))[y] + rng.normal(size=(1500, 256)) - 3, 0)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import unified_diff
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,7 +51,7 @@ class Plan:
     remote: dict[str, str] | None
     remote_card: str
 
-    @property
+    @cached_property
     def changed(self) -> list[str]:
         """Names of the files that the repository lacks or holds with another content."""
         return [name for name, content in self.files.items() if not self._is_there(name, content)]

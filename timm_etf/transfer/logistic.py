@@ -55,8 +55,8 @@ def logistic_path(
     x_NR, basis_DR = _principal_axes(x)
     problem = _Problem(x_NR, y, num_classes)
     solutions = x.new_empty(len(strengths), num_classes, x.shape[1] + 1)
-    # Without a penalty that holds it a first step would end where probabilities are 0 and 1 and Newton's method is lost:
-    # the way starts where the penalty outweighs every direction of the features, and goes down in small steps.
+    # A first step that no penalty holds may end where probabilities are 0 and 1 and Newton's method is lost: the way
+    # starts where the penalty outweighs every direction of the features, and goes down in small steps.
     strength = x_NR.square().sum(0).max().item()
     for s in sorted(range(len(strengths)), key=lambda i: -strengths[i]):
         while strength > _REACH * strengths[s]:
