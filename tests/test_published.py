@@ -73,6 +73,8 @@ def test_pretrained_answers_without_a_network(monkeypatch: pytest.MonkeyPatch) -
     fresh = timm.create_model("resnet10t_etf", pretrained=True, num_classes=7, in_chans=1)
     assert fresh.fc.weight.shape == (7, 512)
     assert torch.equal(fresh.layer4[0].conv1.weight, net.layer4[0].conv1.weight)
+    other = timm.create_model("resnet10t_etf", pretrained=True, frame="gaussian", frame_seed=3)
+    assert torch.equal(other.fc.weight, timm_etf.frames.gaussian(399, 512, seed=3).float())
     plain = timm.create_model("resnet10t_etf")
     assert (plain.num_classes, plain.pretrained_cfg["input_size"]) == (1000, (3, 176, 176))
     with pytest.raises(UsageError, match="No pretrained weights exist for resnet18_etf"):

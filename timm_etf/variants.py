@@ -83,9 +83,10 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
                 f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
                 f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
             )
-        published_as = f"{name}.{known.get('tag')}"
+        published_as, other_frame = f"{name}.{known.get('tag')}", False
         if pretrained and published_as in published.NAMES and not any(overlay.get(k) for k in _SOURCES):
             overlay["file"] = str(published.weights(published_as, kwargs.get("cache_dir")))
+            other_frame = head_args.get("frame", "auto") not in ("auto", published.config(published_as)["etf"]["frame"])
         if whiten and pretrained:
             # timm calls this between building the model and loading: the weights are those of the whitened model.
             kwargs["pretrained_filter_fn"] = lambda state_dict, built: (whiten_resnet(built, **sw_args), state_dict)[1]
@@ -97,7 +98,7 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
         if from_base:
             model.pretrained_cfg.pop("tag", None)
         if fix and not kwargs.get("features_only") and getattr(model, "num_classes", 0) != 0:
-            _fix(model, pretrained, **head_args)
+            _fix(model, pretrained and not other_frame, **head_args)
         return model
 
     variant.__name__ = variant.__qualname__ = name
