@@ -94,6 +94,86 @@ def transfer(
         print(run.summary(report, out))
 
 
+@app.command(name="geometry")
+def geometry(
+    models: tuple[str, ...],
+    data: tuple[str, ...],
+    out: Path,
+    data_root: Path = Path("data"),
+    features: Path | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    batch_size: int = 256,
+    workers: int = 2,
+) -> None:
+    """Measure how collapsed features are: NC1 to NC4, CDNV, VCI, class covariance as heat map, trace and spectrum.
+
+    Args:
+        models: [LABEL=]NAME[,ARGUMENT=VALUE...], as in timm-etf transfer; several under one label are trainings of one
+            method.
+        data: Data sets, as the targets of timm-etf transfer; the source as DATA,test=validation.
+        out: Folder of the results and the report.
+        data_root: Folder that `timm-etf data build` filled.
+        features: Folder of the feature cache, such as that of a transfer run; by default in OUT.
+        precision: Of the models' computations; features are stored as float32.
+        batch_size: Images per forward pass.
+        workers: Loader processes.
+    """
+    from timm_etf.figures import geometry
+    from timm_etf.figures.study import Inputs
+
+    results = geometry.run(Inputs(models, data, out, data_root, features, precision, batch_size, workers))
+    if os.environ.get("RANK", "0") == "0":
+        print(geometry.summary(results, out))
+
+
+@app.command(name="random-features")
+def random_features(
+    models: tuple[str, ...],
+    data: tuple[str, ...],
+    out: Path,
+    a2: tuple[float, ...] = (0.0, 0.1, 0.5),
+    num_features: tuple[int, ...] = (125, 250, 500, 1000, 2000, 4000),
+    gammas: tuple[float, ...] = (0.01, 0.1, 1.0),
+    a1: float = 1.0,
+    a0: float = 0.0,
+    draws: int = 10,
+    samples: int = 1000,
+    seed: int = 0,
+    data_root: Path = Path("data"),
+    features: Path | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    batch_size: int = 256,
+    workers: int = 2,
+) -> None:
+    """Regress labels on random features of a model's features: test error, simulated and as theory predicts it.
+
+    Args:
+        models: [LABEL=]NAME[,ARGUMENT=VALUE...], as in timm-etf transfer.
+        data: Data sets, as the targets of timm-etf transfer.
+        out: Folder of the results and the report.
+        a2: Quadratic coefficients of the random features' sigma(t) = a2 t^2 + a1 t + a0.
+        num_features: Numbers N of random features.
+        gammas: Ridge penalties.
+        a1: Linear coefficient.
+        a0: Constant one.
+        draws: Simulations at each N.
+        samples: At most so many images of each split; time grows with their cube.
+        seed: Seed of the draws.
+        data_root: Folder that `timm-etf data build` filled.
+        features: Folder of the feature cache, such as that of a transfer run; by default in OUT.
+        precision: Of the models' computations; features are stored as float32.
+        batch_size: Images per forward pass.
+        workers: Loader processes.
+    """
+    from timm_etf.figures import random_features
+    from timm_etf.figures.study import Inputs
+
+    sweep = random_features.Sweep(a2, num_features, gammas, a1, a0, draws, samples, seed)
+    results = random_features.run(Inputs(models, data, out, data_root, features, precision, batch_size, workers), sweep)
+    if os.environ.get("RANK", "0") == "0":
+        print(random_features.summary(results, out))
+
+
 @app.command(name="models")
 def models(pattern: tyro.conf.Positional[str] = "*", num_classes: int = 1000, compute: bool = False) -> None:
     """List what fits: width, frame, coherence and its bound, and what a fixed classifier saves.

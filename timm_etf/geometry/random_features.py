@@ -141,16 +141,17 @@ def _simulate(
     x_test: Array,
     y_test: Array,
 ) -> list[float]:
-    """Test error at every gamma with one draw of W; one decomposition serves them all."""
+    """Test error at every gamma with one draw of W; one decomposition, of the smaller Gram matrix, serves them all."""
     w = rng.normal(size=(x.shape[1], count))
-    s, s_test = sigma(x @ w), sigma(x_test @ w)
-    u, sizes, v = np.linalg.svd(s, full_matrices=False)
-    target, seen = u.T @ y, s_test @ v.T
-    n = len(x)
-    return [
-        float(np.square(y_test - seen @ (target * (sizes / (sizes**2 / n + gamma) / n)[:, None])).sum(1).mean())
-        for gamma in gammas
-    ]
+    s, s_test, n = sigma(x @ w), sigma(x_test @ w), len(x)
+    if count < n:
+        values, basis = np.linalg.eigh(s.T @ s / n)
+        target, seen = basis.T @ (s.T @ y) / n, s_test @ basis
+    else:
+        values, basis = np.linalg.eigh(s @ s.T / n)
+        target, seen = basis.T @ y, s_test @ (s.T @ basis) / n
+    shrunk = (target / (values.clip(min=0) + gamma)[:, None] for gamma in gammas)
+    return [float(np.square(y_test - seen @ b).sum(1).mean()) for b in shrunk]
 
 
 class _Theory:

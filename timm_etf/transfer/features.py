@@ -209,12 +209,15 @@ def load(folder: Path, layer: str = PRE_LOGITS) -> Features:
         The features of all readable images, in the order of the split.
     """
     about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
-    x, y = [], []
+    x, y = zip(*stream(folder, layer), strict=True)
+    return Features(np.concatenate(x), np.concatenate(y), tuple(about["class_names"]), tuple(about["unreadable"]))
+
+
+def stream(folder: Path, layer: str = PRE_LOGITS) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """What `extract` wrote, one file after the other: features and labels."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as file:
-            x.append(file.get_tensor(layer))
-            y.append(file.get_tensor("label"))
-    return Features(np.concatenate(x), np.concatenate(y), tuple(about["class_names"]), tuple(about["unreadable"]))
+            yield file.get_tensor(layer), file.get_tensor("label")
 
 
 def features_of(model: nn.Module, images: Images, **kwargs: Any) -> Features:

@@ -19,19 +19,20 @@ def draw(report: Report, out: Path) -> dict[str, str]:
     """Draw what the report has into `out`; returns the files' names and what they show."""
     made: dict[str, str] = {}
     with rc_context(STYLE):
-        made |= _save(_differences(report), out / "transfer.png", "Paired differences, or accuracies of one model")
+        made[save(_differences(report), out / "transfer.png")] = "Paired differences, or accuracies of one model"
         if report.collapse and any(p in report.protocols for p in ("probe", "knn")):
-            made |= _save(_collapse(report), out / "collapse.png", "Accuracy against collapse")
+            made[save(_collapse(report), out / "collapse.png")] = "Accuracy against collapse"
         if any(" at depth " in p for p in report.protocols):
-            made |= _save(_depths(report), out / "depths.png", "Accuracy of a probe over depth")
+            made[save(_depths(report), out / "depths.png")] = "Accuracy of a probe over depth"
     return made
 
 
-def _save(figure: Any, path: Path, title: str) -> dict[str, str]:
+def save(figure: Any, path: Path) -> str:
+    """Write a picture under a temporary name, then rename it to `path`; returns its file name."""
     new = path.with_name(f".{path.name}")
     figure.savefig(new, dpi=140, format="png")
     os.replace(new, path)
-    return {path.name: title}
+    return path.name
 
 
 def _colour(report: Report, label: str) -> str:

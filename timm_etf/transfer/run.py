@@ -23,7 +23,7 @@ from tqdm import tqdm
 from timm_etf.atomic import write_json, write_text
 from timm_etf.download import file_sha256
 from timm_etf.errors import UsageError
-from timm_etf.geometry import collapse
+from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.transfer import models
 from timm_etf.transfer.features import PRE_LOGITS, Features, Layers, Precision, extract, layer_names, load, weights_hash
 from timm_etf.transfer.fewshot import SHOTS, fewshot
@@ -266,7 +266,7 @@ def _collapse(folder: Path) -> dict[str, float]:
     path = folder / "collapse.json"
     if not path.exists():
         train: Features = load(folder)
-        write_json(path, collapse(train.x, train.y))
+        write_json(path, collapse(ClassMoments.of(train.x, train.y)))
     return json.loads(path.read_text(encoding="utf-8"))
 
 

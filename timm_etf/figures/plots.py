@@ -1,0 +1,105 @@
+"""Pictures: class covariance side by side, and test error of random features over their number."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from numpy.typing import NDArray
+
+from timm_etf.transfer.plots import COLOURS, STYLE, save
+
+
+def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]], out: Path) -> str:
+    """Heat maps of the average class covariance of every model on one colour scale, and their spectra.
+
+    The first row is as the features are; the second in units of the features' total variance, because a model with
+    smaller features has a smaller covariance without being more collapsed.
+
+    Args:
+        data: Name of the data set.
+        models: Class covariance [D, D] and total variance, by label.
+        out: Folder of the picture.
+
+    Returns:
+        The picture's file name.
+    """
+    with rc_context(STYLE):
+        count = len(models)
+        figure: Any = Figure(figsize=(1.2 + 2.4 * count + 3.4, 5.6), layout="constrained")
+        grid = figure.subplots(2, count + 1, width_ratios=[1] * count + [1.25], squeeze=False)
+        for row, relative in zip(grid, (False, True), strict=True):
+            scaled = {label: c / (total if relative else 1) for label, (c, total) in models.items()}
+            # The strongest half percent of entries, most of the diagonal, is one colour, or the rest would be white.
+            limit = max(np.quantile(np.abs(c), 0.995) for c in scaled.values()) or 1.0
+            for axis, (label, c) in zip(row, scaled.items(), strict=False):
+                order = np.argsort(-np.diag(c))
+                image = axis.imshow(c[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit)
+                value = (
+                    f"{np.trace(c) * 100:.1f} % within classes"
+                    if relative
+                    else f"tr C / D = {np.trace(c) / len(c):.3g}"
+                )
+                axis.set_title(f"{label}\n{value}")
+                axis.set_xticks([])
+                axis.set_yticks([])
+            figure.colorbar(image, ax=row[:count], shrink=0.8, pad=0.01)
+            row[0].set_ylabel("C / total variance" if relative else "class covariance C")
+            for number, (label, c) in enumerate(scaled.items()):
+                values = np.linalg.eigvalsh(c.astype(np.float64))[::-1]
+                shown = values > values[0] * 1e-9 if values[0] > 0 else values > 0
+                axis = row[count]
+                axis.loglog(
+                    np.arange(1, len(c) + 1)[shown], values[shown], color=COLOURS[number % len(COLOURS)], label=label
+                )
+            axis.set_title("eigenvalues of C" + (" / total variance" if relative else ""))
+            axis.grid(alpha=0.3)
+            axis.legend(frameon=False, fontsize=8)
+        figure.suptitle(f"{data}: average class covariance, dimensions in order of their variance", fontsize=10)
+        return save(figure, out / f"covariance-{data}.png")
+
+
+def random_features(data: str, models: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], out: Path) -> str:
+    """Test error over the number of random features: theory as lines, simulations as points with the band of draws.
+
+    Args:
+        data: Name of the data set.
+        models: By label, the points of every training; the first training is drawn.
+        out: Folder of the picture.
+
+    Returns:
+        The picture's file name.
+    """
+    first = {label: trainings[0] for label, trainings in models.items()}
+    gammas, a2s = (sorted({p[key] for points in first.values() for p in points}) for key in ("gamma", "a2"))
+    with rc_context(STYLE):
+        figure: Any = Figure(figsize=(1 + 2.9 * len(gammas), 0.8 + 2.5 * len(first)), layout="constrained")
+        grid = figure.subplots(len(first), len(gammas), sharex=True, sharey="row", squeeze=False)
+        for row, (label, points) in zip(grid, first.items(), strict=True):
+            for axis, gamma in zip(row, gammas, strict=True):
+                for number, a2 in enumerate(a2s):
+                    line = [p for p in points if (p["gamma"], p["a2"]) == (gamma, a2)]
+                    colour = COLOURS[number % len(COLOURS)]
+                    x = [p["num_features"] for p in line]
+                    axis.fill_between(x, *zip(*[p["band"] for p in line], strict=True), color=colour, alpha=0.2, lw=0)
+                    axis.plot(x, [p["simulated"] for p in line], "o", color=colour, markersize=3.5)
+                    axis.plot(x, [p["theory"] for p in line], color=colour, lw=1.2, label=f"a2 = {a2:g}")
+                axis.axhline(1, color="black", lw=0.6, ls=":")
+                axis.set_xscale("log")
+                axis.set_xticks(x, map(str, x), rotation=45, fontsize=8)
+                axis.set_xticks([], minor=True)
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(ScalarFormatter())
+                axis.yaxis.set_minor_formatter(ScalarFormatter())
+                axis.grid(alpha=0.3)
+                axis.set_title(f"{label}, gamma = {gamma:g}")
+            row[0].set_ylabel("test MSE / variance")
+        grid[0][0].legend(frameon=False, fontsize=8)
+        figure.supxlabel(
+            "number of random features N; lines: theory, points and bands: mean and range of draws", fontsize=9
+        )
+        figure.suptitle(f"{data}: random-feature regression on pre-logits", fontsize=10)
+        return save(figure, out / f"random-features-{data}.png")
