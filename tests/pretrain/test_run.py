@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import timm_etf
 from tests.pretrain.test_errors import config
 from timm_etf import FixedClassifier, UsageError, frames
+from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.pretrain.loop import pretrain
 
 ARGUMENTS = (
@@ -60,17 +61,22 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path) -> None:
     assert results["source"]["top1"] == log[-1]["top1"]
 
 
-def _validate_by_hand(run: Path, images: Path) -> float:
+def _validate_by_hand(run: Path, images: Path) -> dict[str, float]:
+    """Accuracy in percent and the geometry of the features, one image at a time, with plain timm's model."""
     net = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
     dataset = timm.data.create_dataset("", root=str(images / "validation"))
     dataset.transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+    x, y = zip(*dataset, strict=True)
     with torch.no_grad():
-        hits = [net(dataset[i][0][None]).argmax().item() == dataset[i][1] for i in range(len(dataset))]
-    return 100 * sum(hits) / len(hits)
+        features = torch.cat([net.forward_head(net.forward_features(image[None]), pre_logits=True) for image in x])
+        hits = (net.fc(features).argmax(1) == torch.tensor(y)).float()
+    geometry = collapse(ClassMoments.of(features, torch.tensor(y)), net.fc.weight)
+    return {"top1": 100 * hits.mean().item(), **geometry}
 
 
-def test_the_reported_accuracy_is_that_of_the_exported_model_in_plain_timm(straight: Path, images: Path) -> None:
-    assert _validate_by_hand(straight, images) == pytest.approx(lines(straight)[-1]["top1"])
+def test_accuracy_and_geometry_are_those_of_the_exported_model_in_plain_timm(straight: Path, images: Path) -> None:
+    expected = _validate_by_hand(straight, images)
+    assert {k: lines(straight)[-1][k] for k in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])
@@ -166,7 +172,8 @@ def test_two_processes_count_every_image_once_and_agree(images: Path, tmp_path: 
     assert done.stdout.count("37 validation images") == 1  # one process speaks
     (last,) = lines(out)[-1:]
     assert last["count"] == 37
-    assert _validate_by_hand(out, images) == pytest.approx(last["top1"])
+    expected = _validate_by_hand(out, images)
+    assert {k: last[k] for k in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
     run = json.loads((out / "run.json").read_text())
     if launcher == "torchrun":
         assert (run["settings"]["processes"], run["steps_per_epoch"]) == (2, 122 // 16)
@@ -202,6 +209,15 @@ def test_resume_of_another_run_is_refused(images: Path, straight: Path) -> None:
         with pytest.raises(UsageError, match=f"Cannot resume .*: it was started with {says}"):
             pretrain(config(images, straight, **settings | changes))
     assert {p: p.stat().st_mtime_ns for p in straight.rglob("*")} == before
+
+
+def test_a_run_stopped_before_its_validation_has_no_rate_for_that_epoch(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path / "run", epochs=2))
+    (line, last) = lines(tmp_path / "run")
+    del last["images_per_second"]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (line, last)))
+    found = pretrain(config(images, tmp_path / "run", epochs=2, resume=True))
+    assert found["source"]["train_seconds"] == pytest.approx(2 * 122 / line["images_per_second"], abs=0.1)
 
 
 def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`timm-etf geometry`: collapse metrics and class covariance of any model on any data, as tables and heat maps."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,7 +80,7 @@ def run(inputs: Inputs) -> dict[str, Any]:
 
 
 def measure(pair: Pair) -> tuple[dict[str, dict[str, float]], tuple[NDArray[np.float32], float]]:
-    """Metrics of both splits by name; and of the training split the class covariance and the total variance."""
+    """Metrics of both splits by name, as far as they are numbers; the training split's class and total variance."""
     state = PartialState()
     device = torch.device("cpu") if state.device.type == "mps" else state.device  # which has no float64
     head = classifier(pair.model, pair.splits.train.class_names)
@@ -101,7 +102,7 @@ def measure(pair: Pair) -> tuple[dict[str, dict[str, float]], tuple[NDArray[np.f
         found[split] |= _classified(folder, trained, head, device)
         found[split]["images"] = int(moments.count.sum())
     found["train"] |= _differences(pair)
-    return found, covariance
+    return {split: {k: v for k, v in m.items() if math.isfinite(v)} for split, m in found.items()}, covariance
 
 
 def classifier(model: nn.Module, class_names: Sequence[str]) -> Any:
@@ -194,6 +195,7 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
     lines = []
     for data, splits in results["geometry"].items():
         for label, members in splits["train"].items():
-            shown = {n: float(np.mean([m[n] for m in members])) for n in ("nc1", "cdnv", "within", "within_share")}
+            names = [n for n in ("nc1", "cdnv", "within", "within_share") if all(n in m for m in members)]
+            shown = {n: float(np.mean([m[n] for m in members])) for n in names}
             lines.append(f"{data}, {label}: " + ", ".join(f"{n} {v:.4g}" for n, v in shown.items()))
     return "\n".join([*lines, *closing(out, results, "covariance-*.png")])

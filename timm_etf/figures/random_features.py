@@ -112,9 +112,8 @@ def one_hot(y: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
         ([[1.0], [-1.0]], [[0.0, 0.0, 1.0]])
     """
     if num_classes == 2:
-        return 2.0 * y[:, None] - 1
-    hot: NDArray[np.float64] = np.eye(num_classes)[y]
-    return hot
+        return np.where(y[:, None] == 1, 1.0, -1.0)
+    return np.eye(num_classes)[y]
 
 
 def agreement(points: Sequence[Mapping[str, Any]]) -> str:
@@ -134,8 +133,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"Ridge regression on N random features sigma(w'x), sigma(t) = a2 t^2 + {sigma}, of pre-logits (at most "
         f"{sweep['samples']} images of each split, centred, mean squared norm 1). Test mean squared error over the "
-        f"labels' variance: 1 is what predicting the mean gives. Mean of {sweep['draws']} draws, with the deterministic "
-        "equivalent in brackets.",
+        f"labels' variance: 1 is what predicting the mean gives. Mean of {sweep['draws']} draws of the features; in "
+        "brackets the deterministic equivalent.",
         "",
     ]
     for data, models in results["random_features"].items():

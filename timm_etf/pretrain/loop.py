@@ -31,9 +31,18 @@ from timm_etf.pretrain import checkpoint, data
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
+from timm_etf.pretrain.validation import validate
 from timm_etf.variants import SW_SUFFIX, base_name
 
 _logger = logging.getLogger(__name__)
+
+_SHOWN = {
+    "train_loss": "loss {:.3f}",
+    "top1": "top-1 {:.1f} %",
+    "nc1": "NC1 {:.3g}",
+    "images_per_second": "{:.0f} img/s",
+}
+"""What an epoch's line says, of what there is."""
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -107,13 +116,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             metrics = validate(accelerator, model, val_loader)
             metrics["train_loss"] = position.loss_sum / max(1, position.step)
             steps = position.step - first_step
-            metrics["images_per_second"] = steps * config.batch_size * accelerator.num_processes / seconds
+            if steps:  # none, if a run was stopped between the last step and the validation
+                metrics["images_per_second"] = steps * config.batch_size * accelerator.num_processes / seconds
             position = Position(epoch + 1)
             if log:  # before the checkpoint: a resume drops lines that are ahead of it, but could not make up for one
-                bar.write(
-                    f"{bar.desc}  loss {metrics['train_loss']:.3f}  top-1 {metrics['top1']:.1f} %  "
-                    f"{metrics['images_per_second']:.0f} img/s"
-                )
+                bar.write("  ".join([bar.desc, *(t.format(metrics[k]) for k, t in _SHOWN.items() if k in metrics)]))
                 log.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **metrics})
             accelerator.log(metrics, step=epoch + 1)
             checkpoint.save(accelerator, config.out, position)
@@ -151,7 +158,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 def _train_seconds(out: Path, train_images: int) -> float:
     """Seconds that the epochs took without validation, over all calls of the run; a part of an epoch stands for all."""
     lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return sum(train_images / json.loads(line)["images_per_second"] for line in lines)
+    rates = [rate for line in lines if (rate := json.loads(line).get("images_per_second"))]
+    return sum(train_images / rate for rate in rates) * len(lines) / max(1, len(rates))
 
 
 def _device_name(accelerator: Accelerator) -> str:
@@ -273,30 +281,6 @@ def _train_epoch(
         if ends:
             break
     return Position(position.epoch, step, loss_sum)
-
-
-@torch.inference_mode()
-def validate(accelerator: Accelerator, model: nn.Module, loader: Any) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy (percent), mean cross-entropy (nats) and number of images, over all processes.
-
-    Each process scores its own share and only sums are exchanged, so the shares may differ in size and every image
-    counts once.
-    """
-    # The plain module: processes may have different numbers of batches, and DDP would wait for a partner.
-    plain = accelerator.unwrap_model(model).eval()
-    totals = [0.0, 0.0, 0.0, 0]
-    for images, targets in loader:
-        images, targets = images.to(accelerator.device), targets.to(accelerator.device)
-        with accelerator.autocast():
-            logits = plain(images).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        sums = torch.stack([hits[:, 0].sum(), hits.sum(), loss]).tolist()
-        totals = [t + s for t, s in zip(totals, [*sums, len(targets)], strict=True)]
-    top1, top5, loss_sum, count = (sum(column) for column in zip(*gather_object([totals]), strict=True))
-    if count == 0:
-        raise UsageError("The validation split gave no image.")
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "count": int(count)}
 
 
 @contextmanager
