@@ -103,6 +103,7 @@ class Study:
                 opened[target.name] = open_splits(target)
             except UsageError as e:
                 self.missing[target.name] = str(e)
+        self.inputs.out.mkdir(parents=True, exist_ok=True)
         count = 0
         steps = [(c, name) for c in self.candidates for name in opened]
         bar = tqdm(total=len(steps), unit="pair", leave=False, disable=None if PartialState().is_main_process else True)
