@@ -146,11 +146,10 @@ def test_nothing_readable(tmp_path: Path, net: torch.nn.Module) -> None:
 TWO = """
 import sys, torch, timm
 from pathlib import Path
-from accelerate import PartialState
 import timm_etf.transfer.features
 from timm_etf.transfer import Target, extract, open_splits
 sys.modules["timm_etf.transfer.features"].CHUNK = 16
-state = PartialState(cpu=True)
+state = timm_etf.transfer.features.processes()
 torch.manual_seed(0)
 net = timm.create_model("test_resnet", num_classes=10)
 split = open_splits(Target("bars", sys.argv[1], test="validation")).train

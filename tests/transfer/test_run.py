@@ -112,6 +112,24 @@ def test_a_comparison_from_nothing_and_again_from_what_is_there(models: Path, im
     assert new == {f"{p}-seed2.safetensors" for p in ("knn", "probe", "probe-at-depth-1-of-5", "probe-at-depth-5-of-5")}
 
 
+def test_two_processes_share_the_jobs_and_report_once(models: Path, images: Path, tmp_path: Path) -> None:
+    one = run(settings(models, images, tmp_path / "one", protocols=("knn", "fewshot")))
+    asked = settings(models, images, tmp_path / "two")
+    options = ["--models", *asked.models, "--targets", *asked.targets, "--protocols", "knn", "fewshot", "--seeds", "2"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timm_etf.transfer"]
+    done = subprocess.run(
+        [sys.executable, *launch, *options, "--out", str(asked.out), "--workers", "0"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("report: ") == 1
+    two = json.loads((asked.out / "results.json").read_text())["protocols"]
+    assert two == json.loads(json.dumps(one.as_json()["protocols"]))
+
+
 def test_training_seeds_of_one_method_are_paired(models: Path, images: Path, tmp_path: Path) -> None:
     specs = tuple(f"{n}=local-dir:{models}/{n}{i}" for n in ("plain", "fixed") for i in range(2))
     report = run(settings(models, images, tmp_path, models=specs, protocols=("knn",)))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -18,7 +17,7 @@ from timm_etf.errors import UsageError
 from timm_etf.figures.study import Inputs, Pair, Study, closing, row, sample, write
 from timm_etf.geometry import ClassMoments, class_covariance, collapse, covariance_differences, scaled, total_variance
 from timm_etf.geometry.metrics import CollapseMetrics, NearestMeanAgreement
-from timm_etf.transfer.features import stream
+from timm_etf.transfer.features import processes, stream
 from timm_etf.transfer.statistics import t_interval
 
 MEANING = {
@@ -68,7 +67,7 @@ def run(inputs: Inputs) -> dict[str, Any]:
             found.setdefault(pair.data, {}).setdefault(split, {}).setdefault(pair.label, []).append(metrics)
         covariances.setdefault(pair.data, {}).setdefault(pair.label, covariance)
     results = {"geometry": found, **study.record()}
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         pictures = {}
         if find_spec("matplotlib"):
             from timm_etf.figures import plots
@@ -81,7 +80,7 @@ def run(inputs: Inputs) -> dict[str, Any]:
 
 def measure(pair: Pair) -> tuple[dict[str, dict[str, float]], tuple[NDArray[np.float32], float]]:
     """Metrics of both splits by name, as far as they are numbers; the training split's class and total variance."""
-    state = PartialState()
+    state = processes()
     device = torch.device("cpu") if state.device.type == "mps" else state.device  # which has no float64
     head = classifier(pair.model, pair.splits.train.class_names)
     found: dict[str, dict[str, float]] = {}
@@ -120,7 +119,7 @@ def classifier(model: nn.Module, class_names: Sequence[str]) -> Any:
 
 def _mine(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """This process' share of the features."""
-    state = PartialState()
+    state = processes()
     for x, y in stream(folder):
         rows = slice(state.process_index, None, state.num_processes)
         yield torch.from_numpy(x[rows]), torch.from_numpy(y[rows])

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from numpy.typing import NDArray
 
 from timm_etf.errors import UsageError
 from timm_etf.figures.study import Inputs, Pair, Study, closing, row, sample, write
 from timm_etf.geometry import random_feature_regression, scaled
+from timm_etf.transfer.features import processes
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def run(inputs: Inputs, sweep: Sweep) -> dict[str, Any]:
     study = Study(inputs)
     found: dict[str, dict[str, list[Any]]] = {}
     for pair in study.pairs():
-        points = points_of(pair, sweep) if PartialState().is_main_process else []
+        points = points_of(pair, sweep) if processes().is_main_process else []
         found.setdefault(pair.data, {}).setdefault(pair.label, []).append(points)
     results = {"random_features": found, "sweep": asdict(sweep), **study.record()}
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         pictures = {}
         if find_spec("matplotlib"):
             from timm_etf.figures import plots

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from timm_etf.atomic import write_json, write_text
 from timm_etf.download import file_sha256
 from timm_etf.errors import UsageError
 from timm_etf.transfer import models
-from timm_etf.transfer.features import Precision, extract, stream, weights_hash
+from timm_etf.transfer.features import Precision, extract, processes, stream, weights_hash
 from timm_etf.transfer.models import Candidate
 from timm_etf.transfer.targets import Splits, open_splits, resolve
 
@@ -106,7 +105,7 @@ class Study:
         self.inputs.out.mkdir(parents=True, exist_ok=True)
         count = 0
         steps = [(c, name) for c in self.candidates for name in opened]
-        bar = tqdm(total=len(steps), unit="pair", leave=False, disable=None if PartialState().is_main_process else True)
+        bar = tqdm(total=len(steps), unit="pair", leave=False, disable=None if processes().is_main_process else True)
         with bar:
             for candidate in self.candidates:
                 model = self._create(candidate) if opened else None
@@ -135,7 +134,7 @@ class Study:
 
     def _create(self, candidate: Candidate) -> nn.Module | None:
         try:
-            model = candidate.create().to(PartialState().device).eval()
+            model = candidate.create().to(processes().device).eval()
             file = candidate.weights_file()
         except UsageError as e:
             self.missing[candidate.label] = str(e)

@@ -16,7 +16,7 @@ import timm
 import timm.data
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -35,6 +35,11 @@ PRE_LOGITS = "pre_logits"
 """Pooled features as the classifier receives them; where it has a projector, before that."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def processes() -> PartialState:
+    """The processes that a launcher started, on CPUs, too: there PartialState() alone takes each for the only one."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def extract(
     layers = layers or Layers()
     made_from = key(model, weights or weights_hash(model), images, layers, precision)
     out = folder / key_hash(made_from)
-    state = PartialState()
+    state = processes()
     if _is_whole(out):
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +184,7 @@ def extract(
 def _is_whole(out: Path) -> bool:
     """Whether the features are there; asked by all processes before any of them can write the last file."""
     found = (out / "features.json").exists()
-    if PartialState().num_processes > 1:
+    if processes().num_processes > 1:
         found = all(gather_object([found]))
     return found
 
@@ -280,7 +285,7 @@ def _compute(
         desc=f"features of {images.name}",
         unit="img",
         leave=False,
-        disable=None if PartialState().is_main_process else True,
+        disable=None if processes().is_main_process else True,
     )
     chunk_of = {c.start // CHUNK: c for c in chunks}
     rows: list[Tensor] = []

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
@@ -25,7 +24,17 @@ from timm_etf.download import file_sha256
 from timm_etf.errors import UsageError
 from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.transfer import models
-from timm_etf.transfer.features import PRE_LOGITS, Features, Layers, Precision, extract, layer_names, load, weights_hash
+from timm_etf.transfer.features import (
+    PRE_LOGITS,
+    Features,
+    Layers,
+    Precision,
+    extract,
+    layer_names,
+    load,
+    processes,
+    weights_hash,
+)
 from timm_etf.transfer.fewshot import SHOTS, fewshot
 from timm_etf.transfer.finetune import LEARNING_RATES, WEIGHT_DECAYS, Budget, finetune
 from timm_etf.transfer.knn import knn
@@ -101,7 +110,7 @@ def run(settings: Settings) -> Report:
     """
     candidates = _check(settings)
     targets, missing = resolve(settings.targets, settings.data_root)
-    state = PartialState()
+    state = processes()
     started = time.perf_counter()
     splits: dict[str, Splits] = {}
     for target in targets:
@@ -242,7 +251,7 @@ class _Work:
                 rests_on = [weights, *(s.fingerprint for s in splits), asdict(budget), grid]
                 build = partial(_fresh, self.candidates[number])
                 add("finetune", rests_on, partial(finetune, build, splits, budget, **options))
-        if folders and PartialState().is_main_process:
+        if folders and processes().is_main_process:
             self.collapse[number, name] = _collapse(folders[0])
 
     def note(self, text: str) -> None:
