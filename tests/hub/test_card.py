@@ -17,6 +17,7 @@ from timm_etf import hub
 from timm_etf.hub.card import card, own_results
 
 SOURCE = {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.0, "epochs": 3, "seed": 5}
+GEOMETRY = {"nc1": 2.5, "cdnv": 0.375, "vci": 0.625, "within": 0.03125, "nc3": 1.25}
 
 # The Hub's model card metadata, as its documentation gives it, as far as these cards use it.
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -110,12 +111,14 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     folder = exported(tmp_path, results={"source": SOURCE})
     config = json.loads((folder / "config.json").read_text())
     own = own_results(compared(), "a" * 64)
-    text = card(config, {"source": SOURCE, "transfer": [own]}, "org/name", license="mit", beside={"results.png"})
+    source = SOURCE | GEOMETRY
+    text = card(config, {"source": source, "transfer": [own]}, "org/name", license="mit", beside={"results.png"})
     data = metadata(text)
     [model] = data["model-index"]
     assert model["name"] == "name"
     found = {(r["dataset"]["type"], m["name"]): m for r in model["results"] for m in r["metrics"]}
     assert found["shapes", "top1, source task"]["value"] == 61.25
+    assert found["shapes", "vci, validation features"]["value"] == 0.625
     assert found["kanji", "top1, probe"]["value"] == 77.5
     assert found["kanji", "top1, probe"]["args"]["interval_95_over_test_images"] == [76.5, 78.5]
     assert (found["kanji", "nc1, training features"]["type"], found["kanji", "nc1, training features"]["value"]) == (
@@ -125,6 +128,9 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     assert found["digits", "top1, 10-shot"]["args"]["trainings"] == 1
     for line in (
         "| shapes | 37 | 61.25 | 100.00 | 3 | 5 |",
+        "How collapsed the validation features are (smaller is more so): NC1 2.5,",
+        "CDNV 0.375, VCI 0.625, tr C / d 0.0312; distance of the classifier from self-duality",
+        "(NC3, 0 to 4) 1.25.",
         "| target | test images | probe | 10-shot |",
         "| kanji | 100 | 77.5 [76.5 to 78.5] | - |",
         "| digits | 50 | 90.2 [89.2 to 91.2] | 65.0 [64.0 to 66.0] |",

@@ -190,6 +190,8 @@ def _evaluations(results: dict[str, Any]) -> list[Any]:
     if source := results.get("source"):
         images = {"images": source["count"], "training_seed": source["seed"]}
         found += [evaluation(source["data"], f"{k}, source task", source[k], **images) for k in ("top1", "top5")]
+        geometry = [k for k in ("nc1", "cdnv", "vci") if k in source]
+        found += [evaluation(source["data"], f"{k}, validation features", source[k], k, **images) for k in geometry]
     for part in results.get("transfer", []):
         for protocol, cells in part["protocols"].items():
             for target, row in cells["targets"].items():

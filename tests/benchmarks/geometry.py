@@ -1,0 +1,92 @@
+"""Time and memory of the collapse metrics beside the straightforward way, each in a process of its own.
+
+The latter loops over classes, holds every class covariance (K x d x d), and inverts d x d matrices by a dense pinv; all
+in float32, since in float64 its covariances alone would take 34 GB.
+
+    python tests/benchmarks/geometry.py            # 50,000 samples, 1,000 classes, 2,048 features
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from timm_etf.geometry import ClassMoments, collapse
+
+SHARED = ("nc1", "nc2_equinorm", "nc2_equiangularity", "cdnv", "vci", "within")
+
+
+def straightforward(x: torch.Tensor, y: torch.Tensor, k: int) -> dict[str, float]:
+    n, d = x.shape
+    means = torch.stack([x[y == c].mean(0) for c in range(k)])
+    covariances = torch.empty(k, d, d)
+    variance = torch.empty(k)
+    share = torch.empty(k)
+    for c in range(k):
+        inside = x[y == c] - means[c]
+        covariances[c] = inside.T @ inside / len(inside)
+        variance[c] = inside.square().sum(1).mean()
+        share[c] = len(inside) / n
+    s_w = torch.zeros(d, d)
+    for c in range(k):
+        s_w += share[c] * covariances[c]
+    centred = means - x.mean(0)
+    s_b = (share[:, None] * centred).T @ centred
+    rank = k - 1
+    cut = 1e-5
+    plain = means - means.mean(0)
+    norms = plain.norm(dim=1)
+    cosines, ratios = [], []
+    for c in range(k):
+        others = torch.arange(k) != c
+        cosines.append((plain[others] @ plain[c]) / norms[others] / norms[c])
+        ratios.append((variance[others] + variance[c]) / 2 / (means[others] - means[c]).square().sum(1))
+    return {
+        "nc1": float((s_w @ torch.linalg.pinv(s_b, rtol=cut, hermitian=False)).trace() / k),
+        "nc2_equinorm": float(norms.std(correction=0) / norms.mean()),
+        "nc2_equiangularity": float(torch.cat(cosines).std(correction=0)),
+        "cdnv": float(torch.cat(ratios).mean()),
+        "vci": float(1 - (torch.linalg.pinv(s_w + s_b, rtol=cut) @ s_b).trace() / rank),
+        "within": float(s_w.trace() / d),
+    }
+
+
+def one_pass(x: torch.Tensor, y: torch.Tensor, k: int) -> dict[str, float]:
+    return collapse(ClassMoments.of(x, y, k))
+
+
+def measure(way: str, n: int, k: int, d: int) -> None:
+    """In the process that this is about: print seconds, peak memory beyond the data in MiB, and the numbers."""
+    torch.manual_seed(0)
+    y = torch.arange(n) % k
+    x = torch.randn(n, d)
+    x += torch.randn(k, d)[y]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    found = {"straightforward": straightforward, "one pass": one_pass}[way](x, y, k)
+    seconds = time.perf_counter() - started
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(json.dumps({"seconds": seconds, "MiB": peak, "numbers": {m: found[m] for m in SHARED}}))
+
+
+def main() -> None:
+    n, k, d = map(int, sys.argv[1:4]) if len(sys.argv) > 1 else (50_000, 1000, 2048)
+    results = {}
+    for way in ("one pass", "straightforward"):
+        command = [sys.executable, __file__, str(n), str(k), str(d), way]
+        results[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(f"{way:16}{results[way]['seconds']:8.1f} s {results[way]['MiB']:10.0f} MiB beyond the features")
+    a, b = results.values()
+    print(f"ratio           {b['seconds'] / a['seconds']:8.1f}   {b['MiB'] / a['MiB']:10.0f}")
+    for metric in SHARED:
+        print(f"{metric:20}{a['numbers'][metric]:12.6f}{b['numbers'][metric]:12.6f}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 4:
+        measure(sys.argv[4], *map(int, sys.argv[1:4]))
+    else:
+        main()
