@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,13 @@ def run(inputs: Inputs) -> dict[str, Any]:
             found.setdefault(pair.data, {}).setdefault(split, {}).setdefault(pair.label, []).append(metrics)
         covariances.setdefault(pair.data, {}).setdefault(pair.label, covariance)
     results = {"geometry": found, **study.record()}
-    if processes().is_main_process:
-        pictures = {}
-        if find_spec("matplotlib"):
-            from timm_etf.figures import plots
-
-            names = [plots.covariance(data, by_label, inputs.out) for data, by_label in covariances.items()]
-            pictures = dict.fromkeys(names, "Class covariance and its spectrum")
-        write(inputs.out, results, as_markdown(results), pictures)
+    write(
+        inputs.out,
+        results,
+        as_markdown(results),
+        "Class covariance and its spectrum",
+        lambda plots: [plots.covariance(data, by_label, inputs.out) for data, by_label in covariances.items()],
+    )
     return results
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,13 @@ def run(inputs: Inputs, sweep: Sweep) -> dict[str, Any]:
         points = points_of(pair, sweep) if processes().is_main_process else []
         found.setdefault(pair.data, {}).setdefault(pair.label, []).append(points)
     results = {"random_features": found, "sweep": asdict(sweep), **study.record()}
-    if processes().is_main_process:
-        pictures = {}
-        if find_spec("matplotlib"):
-            from timm_etf.figures import plots
-
-            names = [plots.random_features(data, by_label, inputs.out) for data, by_label in found.items()]
-            pictures = dict.fromkeys(names, "Test error over the number of random features")
-        write(inputs.out, results, as_markdown(results), pictures)
+    write(
+        inputs.out,
+        results,
+        as_markdown(results),
+        "Test error over the number of random features",
+        lambda plots: [plots.random_features(data, by_label, inputs.out) for data, by_label in found.items()],
+    )
     return results
 
 

@@ -1,9 +1,11 @@
 """What the figures share: models and data, every pair of them with its features, and what the reports say alike."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -189,11 +191,27 @@ def row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(out: Path, results: Mapping[str, Any], text: str, pictures: Mapping[str, str]) -> None:
-    """Write results.json, and report.md with what is missing and the pictures, names and titles, at its end."""
-    rows = [f"- **missing**: {k}: {v}" for k, v in results["missing"].items()] + [f"- {n}" for n in results["notes"]]
+def write(
+    out: Path, results: Mapping[str, Any], text: str, title: str, draw: Callable[[ModuleType], Sequence[str]]
+) -> None:
+    """Write results.json, and report.md with what is missing and, where matplotlib is installed, pictures at its end.
+
+    Args:
+        out: Folder.
+        results: What goes into results.json.
+        text: The report so far.
+        title: What the pictures show.
+        draw: Draws them with the module `plots`, and returns their file names.
+    """
+    if not processes().is_main_process:
+        return
+    lines = [f"- **missing**: {k}: {v}" for k, v in results["missing"].items()] + [f"- {n}" for n in results["notes"]]
+    if find_spec("matplotlib"):
+        from timm_etf.figures import plots
+
+        lines += ["", *(f"![{title}]({name})\n" for name in draw(plots))]
     write_json(out / "results.json", results)
-    write_text(out / "report.md", "\n".join([text, *rows, "", *(f"![{t}]({n})\n" for n, t in pictures.items())]))
+    write_text(out / "report.md", "\n".join([text, *lines]))
 
 
 def closing(out: Path, results: Mapping[str, Any], pictures: str) -> list[str]:
