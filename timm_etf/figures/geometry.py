@@ -175,7 +175,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines.append(
         "Features: pre-logits, before any projector. Several trainings under one label: their mean and its 95 % t "
         "interval. nc4 and nearest_mean are about the class means of the training features. nc3, nc4 and top1 need a "
-        "classifier of the data's classes."
+        "classifier of the data's classes. Pictures show the first training of each label."
     )
     return "\n".join([*lines, ""])
 

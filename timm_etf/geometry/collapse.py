@@ -56,12 +56,13 @@ def collapse(moments: ClassMoments, weight: Tensor | None = None) -> dict[str, f
     count, m_KD = moments.count[occurs], moments.mean[occurs]
     k, share = len(count), count / n
     v_K = moments.spread[occurs] / count
-    s_w = moments.scatter / n
+    s_w = moments.scatter() / n
+    values = torch.linalg.eigvalsh(s_w)
     trace_w = float(share @ v_K)
     about = {
         "within": trace_w / d,
         "feature_norm": float(moments.norm) / n,
-        "effective_rank_within": effective_rank(torch.linalg.eigvalsh(s_w)),
+        "effective_rank_within": effective_rank(values),
     }
     if k < 2:
         return dict.fromkeys(RATIOS, float("nan")) | about | {"effective_rank_between": 0.0}
@@ -76,9 +77,14 @@ def collapse(moments: ClassMoments, weight: Tensor | None = None) -> dict[str, f
     if rank == 0:
         return dict.fromkeys(RATIOS, float("nan")) | {"nc1": float("inf"), "cdnv": float("inf")} | about
     s, axes = s[:rank], axes[:rank]
-    total, vectors = torch.linalg.eigh(s_w + a_KD.T @ a_KD)
-    keep = total > total[-1] * max(n, d) * eps
-    explained = ((a_KD @ vectors[:, keep]).square().sum(0) / total[keep]).sum() / rank
+    total, most = s_w + a_KD.T @ a_KD, float(values[-1] + s[0].square())
+    if values[0] > most * max(n, d) * eps:  # then their sum has full rank, too, and no pseudo-inverse is needed
+        lower = torch.linalg.cholesky(total)
+        explained = torch.linalg.solve_triangular(lower, a_KD.T, upper=False).square().sum() / rank
+    else:
+        values, vectors = torch.linalg.eigh(total)
+        keep = values > values[-1] * max(n, d) * eps
+        explained = ((a_KD @ vectors[:, keep]).square().sum(0) / values[keep]).sum() / rank
     simplex = m_KD - m_KD.mean(0)
     found = {
         "nc1": float((((axes @ s_w) * axes).sum(1) / s.square()).sum() / k),

@@ -24,7 +24,7 @@ def class_covariance(moments: ClassMoments) -> Tensor:
         >>> class_covariance(ClassMoments.of(x, y)).tolist()
         [[0.5, 0.0], [0.0, 2.0]]
     """
-    return moments.scatter / moments.count.sum()
+    return moments.scatter() / moments.count.sum()
 
 
 def spectrum(covariance: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class CollapseMetrics(Metric):
     full_state_update = True  # moments of a batch and of the rest do not add up
     count: Tensor
     mean: Tensor
-    scatter: Tensor
+    upper: Tensor
     spread: Tensor
     norm: Tensor
 
@@ -65,7 +65,7 @@ class CollapseMetrics(Metric):
         return merged(ClassMoments(*parts) for parts in zip(*mine.tensors().values(), strict=True))
 
     def _moments(self) -> ClassMoments:
-        return ClassMoments(self.count, self.mean, self.scatter, self.spread, self.norm)
+        return ClassMoments(self.count, self.mean, self.upper, self.spread, self.norm)
 
 
 class NearestMeanAgreement(Metric):

@@ -24,20 +24,20 @@ class ClassMoments:
     Attributes:
         count: Samples of each class, [K].
         mean: Class means, [K, D]; zeros for a class without samples.
-        scatter: Sum of d d' over samples, d the deviation from the class mean, [D, D].
+        upper: Upper triangle of `scatter()`, [D, D]; what is below it has no meaning.
         spread: Sum of |d|^2 for each class, [K].
         norm: Sum of the features' norms, [].
 
     Example:
         >>> x, y = torch.tensor([[1.0, 0], [3, 0], [0, 5]]), torch.tensor([0, 0, 2])
         >>> found = ClassMoments.of(x, y, num_classes=3)
-        >>> found.mean.tolist(), found.scatter.diag().tolist()
+        >>> found.mean.tolist(), found.scatter().diag().tolist()
         ([[2.0, 0.0], [0.0, 0.0], [0.0, 5.0]], [2.0, 0.0])
     """
 
     count: Tensor
     mean: Tensor
-    scatter: Tensor
+    upper: Tensor
     spread: Tensor
     norm: Tensor
 
@@ -91,7 +91,8 @@ class ClassMoments:
         # The scatter of old and new samples together is that of the old plus sum (d - c step)(d - c step)' with
         # 2c - c^2 = n_new / n: so a merge is one product of N rows and a sum of squares.
         d_ND -= ((1 - old_share.sqrt())[:, None] * step_KD)[y_N]
-        self.scatter.addmm_(d_ND.T, d_ND)
+        for at in range(0, dim, _WIDTH):  # the product is symmetric: half of it is enough
+            self.upper[at : at + _WIDTH, at:].addmm_(d_ND[:, at : at + _WIDTH].T, d_ND[:, at:])
         self.spread.index_add_(0, y_N, d_ND.square().sum(1))
         self.mean = about_KD + (1 - old_share)[:, None] * step_KD
         self.count = total
@@ -107,17 +108,21 @@ class ClassMoments:
         return ClassMoments(
             total,
             self.mean + share[:, None] * step_KD,
-            (self.scatter + other.scatter).addmm_(rows_KD.T, rows_KD),
+            (self.upper + other.upper).addmm_(rows_KD.T, rows_KD),
             self.spread + other.spread + rows_KD.square().sum(1),
             self.norm + other.norm,
         )
+
+    def scatter(self) -> Tensor:
+        """Sum of d d' over samples, d the deviation from the class mean, [D, D]."""
+        return self.upper.triu() + self.upper.triu(1).T
 
     def tensors(self) -> dict[str, Tensor]:
         """The five tensors by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-_BLOCK = 4096
+_BLOCK, _WIDTH = 2048, 256
 
 
 def merged(parts: Iterable[ClassMoments]) -> ClassMoments:

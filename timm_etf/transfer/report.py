@@ -84,11 +84,13 @@ class Report:
     def repetitions(self) -> str:
         """What varies between the repetitions that t intervals are over."""
         members = {len(self.members(la)) for la in self.labels}
+        count = self.settings["seeds"]
+        seeds = f"{count} seed{'s' if count > 1 else ''} of the protocol"
         if members == {1}:
-            return f"seeds of the protocol ({self.settings['seeds']}); the models themselves are one training each"
+            return f"{seeds}; the models themselves are one training each"
         if len(members) > 1:
             return "nothing: the labels have different numbers of models"
-        return f"{members.pop()} models of each label, averaged over {self.settings['seeds']} seeds of the protocol"
+        return f"{members.pop()} models of each label, averaged over {seeds}"
 
     def accuracies(self, label: str, target: Target, protocol: str) -> list[float]:
         """Accuracy in percent of every repetition: of each member if the label has several, else of each seed."""
