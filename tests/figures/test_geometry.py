@@ -95,7 +95,7 @@ def test_again_and_with_two_processes_it_is_the_same(
         "--nproc-per-node",
         "2",
         "-m",
-        "timm_etf.figures",
+        "timm_etf",
         "geometry",
     ]
     asked = inputs(exported, images, tmp_path / "two")

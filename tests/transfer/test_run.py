@@ -116,7 +116,7 @@ def test_two_processes_share_the_jobs_and_report_once(models: Path, images: Path
     one = run(settings(models, images, tmp_path / "one", protocols=("knn", "fewshot")))
     asked = settings(models, images, tmp_path / "two")
     options = ["--models", *asked.models, "--targets", *asked.targets, "--protocols", "knn", "fewshot", "--seeds", "2"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timm_etf.transfer"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timm_etf", "transfer"]
     done = subprocess.run(
         [sys.executable, *launch, *options, "--out", str(asked.out), "--workers", "0"],
         capture_output=True,
@@ -241,7 +241,7 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_continues_where_it_was(models: Path, images: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "timm_etf.transfer", "--models", f"plain=local-dir:{models}/plain0"]
+    command = [sys.executable, "-m", "timm_etf", "transfer", "--models", f"plain=local-dir:{models}/plain0"]
     command += [
         f"fixed=local-dir:{models}/fixed0",
         "--targets",
