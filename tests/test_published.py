@@ -16,7 +16,7 @@ from tests.hub.conftest import client as client
 from tests.hub.conftest import server as server
 from tests.hub.loopback import Hub
 from timm_etf import FixedClassifier, UsageError, published
-from timm_etf.download import file_sha256
+from timm_etf.atomic import file_sha256
 from timm_etf.hub.card import card
 
 PACKAGE = Path(timm_etf.__file__).parent

@@ -8,10 +8,10 @@ Importing this package registers `<arch>_etf` for timm's architectures, so that
 from timm_etf import frames
 from timm_etf import variants as variants
 from timm_etf.classifier import fix_classifier, free_classifier
+from timm_etf.coverage import coverage
 from timm_etf.errors import UsageError
 from timm_etf.heads import FixedClassifier
 from timm_etf.hub.load import create_model
-from timm_etf.models import coverage
 
 __version__ = "0.1.0.dev0"
 

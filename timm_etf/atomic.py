@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -42,16 +43,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         new.rename(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it to `path`."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name beside `path` and rename it when the block ends without an error."""
     new = path.with_name(f".{path.name}.tmp")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with atomic_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_new_folder(path: Path, fix: str) -> None:

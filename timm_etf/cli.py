@@ -1,6 +1,5 @@
 """`timm-etf VERB`: one thin function per verb, and nothing heavy imported before it is known."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +7,7 @@ import tyro
 
 from timm_etf.errors import one_line_errors
 from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.processes import is_first_process
 
 app = tyro.extras.SubcommandApp()
 
@@ -72,7 +72,7 @@ def transfer(
         finetune_batch_size: Images per step of it.
     """
     from timm_etf.transfer import run
-    from timm_etf.transfer.finetune import Budget
+    from timm_etf.transfer.fine_tuning import Budget
 
     budget = Budget(finetune_steps, finetune_batch_size, workers)
     settings = run.Settings(
@@ -90,7 +90,7 @@ def transfer(
         budget=budget,
     )
     report = run.run(settings)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(run.summary(report, out))
 
 
@@ -118,11 +118,11 @@ def geometry(
         batch_size: Images per forward pass.
         workers: Loader processes.
     """
-    from timm_etf.figures import geometry
-    from timm_etf.figures.study import Inputs
+    from timm_etf.features.study import Inputs
+    from timm_etf.studies import geometry
 
     results = geometry.run(Inputs(models, data, out, data_root, features, precision, batch_size, workers))
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(geometry.summary(results, out))
 
 
@@ -165,12 +165,12 @@ def random_features(
         batch_size: Images per forward pass.
         workers: Loader processes.
     """
-    from timm_etf.figures import random_features
-    from timm_etf.figures.study import Inputs
+    from timm_etf.features.study import Inputs
+    from timm_etf.studies import random_features
 
     sweep = random_features.Sweep(a2, num_features, gammas, a1, a0, draws, samples, seed)
     results = random_features.run(Inputs(models, data, out, data_root, features, precision, batch_size, workers), sweep)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(random_features.summary(results, out))
 
 
@@ -184,7 +184,7 @@ def models(pattern: tyro.conf.Positional[str] = "*", num_classes: int = 1000, co
         compute: Compute the spherical codes that are not cached yet: seconds for each width, minutes beyond 20,000
             classes.
     """
-    from timm_etf.models import coverage, left_out, table
+    from timm_etf.coverage import coverage, left_out, table
 
     print(table(coverage(pattern, num_classes, compute=compute), num_classes))
     for name, reason in left_out(pattern).items():

@@ -1,7 +1,6 @@
 """`download`: one file of a Hub repository, checked against its hash, and one clear line for whatever goes wrong."""
 
 import errno
-import hashlib
 import re
 import time
 from pathlib import Path
@@ -19,7 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from timm_etf.errors import UsageError
+from timm_etf.atomic import file_sha256
+from timm_etf.errors import UsageError, first_line
 
 
 class MissingFile(UsageError):
@@ -76,12 +76,6 @@ def _download(repo: str, filename: str, cache_dir: str | Path | None) -> Path:
             time.sleep(wait)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hash_in_name(blob: str) -> str | None:
     """The cache names a large file by the SHA-256 that the Hub sends as its ETag, and others by a git hash."""
     return blob if re.fullmatch("[0-9a-f]{64}", blob) else None
@@ -111,8 +105,3 @@ def _explained(error: Exception, repo: str, filename: str) -> UsageError:
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return UsageError(f"{what}: cannot write to the cache ({cause.strerror}). Make room, or set HF_HOME.")
     return UsageError(f"{what} ({type(cause).__name__}: {first_line(cause)}). Check the network and try again.")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), "no reason given")

@@ -1,11 +1,12 @@
 """The errors this package raises on purpose, and how a command shows them."""
 
 import errno
-import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from timm_etf.processes import is_first_process
 
 
 class UsageError(ValueError):
@@ -43,9 +44,14 @@ def one_line_errors() -> Iterator[None]:
     except Exception as e:
         if not _is_failed_write(e):
             raise
-        reason = str(e).strip().splitlines()[0]
+        reason = first_line(e)
         fix = "make room and continue (pretrain and demo: --resume)"
         _exit(f"error: Cannot write ({reason}). What was saved before is whole: {fix}.", 2)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_failed_write(error: Exception) -> bool:
@@ -57,7 +63,6 @@ def _is_failed_write(error: Exception) -> bool:
 
 
 def _exit(message: str, status: int) -> None:
-    # Under a launcher every process fails alike; the first one speaks for all.
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():  # under a launcher every process fails alike
         print(message, file=sys.stderr)
     sys.exit(status)

@@ -20,12 +20,12 @@ from PIL import Image
 
 from timm_etf import UsageError
 from timm_etf.data import build_offline
-from timm_etf.data.duplicates import without_copies
-from timm_etf.data.image_folder import Item
-from timm_etf.data.offline import TARGETS, emoji, glyphs, icons
-from timm_etf.data.offline.held_out import held_out
-from timm_etf.data.offline.registries import Registries, Unavailable
-from timm_etf.data.offline.small_images import load_arrays, read_idx
+from timm_etf.data.build.duplicates import without_copies
+from timm_etf.data.build.image_folder import Item
+from timm_etf.data.build.offline import TARGETS, emoji, glyphs, icons
+from timm_etf.data.build.offline.held_out import held_out
+from timm_etf.data.build.offline.registries import Registries, Unavailable
+from timm_etf.data.build.offline.small_images import load_arrays, read_idx
 
 LICENCES = ["MIT"] * 10 + ["GPL-3.0", "CC-BY-NC-4.0"]
 
@@ -236,7 +236,7 @@ def test_the_wheel_of_animals_is_only_read(tmp_path: Path) -> None:
         def _wheel(self, name: str, version: str) -> Path:
             return wheel
 
-    from timm_etf.data.offline.small_images import build_animals
+    from timm_etf.data.build.offline.small_images import build_animals
 
     folder = build_animals(tmp_path, Local(tmp_path / "d"), 0)["animal-mnist"]
     assert json.loads((folder / "dataset.json").read_text())["images"] == {"test": 10, "train": 40}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.transfer.conftest import blobs
 from timm_etf import UsageError
 from timm_etf.transfer import Features, fewshot, knn, linear_probe
-from timm_etf.transfer.knn import vote
+from timm_etf.transfer.neighbours import vote
 from timm_etf.transfer.probe import STRENGTHS
 from timm_etf.transfer.result import validation_mask
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.conftest import write_images
 from timm_etf import UsageError, fix_classifier, hub
 from timm_etf.hub.card import own_results
-from timm_etf.transfer.finetune import Budget
+from timm_etf.transfer.fine_tuning import Budget
 from timm_etf.transfer.run import Settings, run, summary
 
 

@@ -7,8 +7,8 @@ are of uneven size, top-1 elsewhere.
 from dataclasses import dataclass
 from typing import Literal
 
-from timm_etf.data import offline
-from timm_etf.data.targets import NAMES as EMBEDDED
+from timm_etf.data.build import offline
+from timm_etf.data.build.letters_and_digits import NAMES as EMBEDDED
 
 Metric = Literal["top1", "mean_per_class"]
 METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}

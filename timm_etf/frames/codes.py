@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from timm_etf.atomic import atomic_file
 from timm_etf.errors import UsageError
 from timm_etf.frames.exact import check, haar
 
@@ -159,12 +160,8 @@ def _store(x_MCG: Tensor, path: Path) -> None:
     from safetensors.torch import save_file
 
     coherence, _ = _soft_maximum_gradient(x_MCG.double(), 1.0)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        save_file({"generators": x_MCG}, part, metadata={"coherence": repr(coherence)})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path) as new:
+        save_file({"generators": x_MCG}, new, metadata={"coherence": repr(coherence)})
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from timm_etf.errors import UsageError
-from timm_etf.geometry.collapse import collapse
 from timm_etf.geometry.moments import ClassMoments, merged
+from timm_etf.geometry.neural_collapse import collapse
 
 
 class CollapseMetrics(Metric):

@@ -1,6 +1,6 @@
 """Class means and within-class scatter of features, in one pass and mergeable: what every metric here is made of.
 
-Legend: N samples of a batch, D features, K classes.
+Legend: N samples of a batch, D features, K classes, P of them in the batch.
 """
 
 from collections.abc import Iterable
@@ -79,23 +79,24 @@ class ClassMoments:
         if low < 0 or high >= num_classes:
             raise UsageError(f"Class numbers from {low} to {high} do not fit {num_classes} classes.")
         x_ND = x.to(self.mean.device, torch.float64)
-        new = torch.zeros_like(self.count).index_add_(0, y_N, torch.ones_like(x_ND[:, 0]))
-        total = self.count + new
+        # P classes occur in the batch; the others are not touched, since there may be thousands.
+        present, place_N, new = y_N.unique(return_inverse=True, return_counts=True)
+        old = self.count[present]
         # Deviations are from the mean so far, in a class without one from a sample: equal samples deviate by exactly 0.
-        first = torch.zeros_like(self.mean)
-        first[y_N] = x_ND
-        about_KD = torch.where(self.count[:, None] > 0, self.mean, first)
-        d_ND = x_ND - about_KD[y_N]
-        step_KD = torch.zeros_like(self.mean).index_add_(0, y_N, d_ND) / new.clamp(min=1)[:, None]
-        old_share = self.count / total.clamp(min=1)
+        first_PD = x_ND.new_empty(len(present), dim)
+        first_PD[place_N] = x_ND
+        about_PD = torch.where(old[:, None] > 0, self.mean[present], first_PD)
+        d_ND = x_ND - about_PD[place_N]
+        step_PD = torch.zeros_like(about_PD).index_add_(0, place_N, d_ND) / new[:, None]
+        old_share = old / (old + new)
         # The scatter of old and new samples together is that of the old plus sum (d - c step)(d - c step)' with
         # 2c - c^2 = n_new / n: so a merge is one product of N rows and a sum of squares.
-        d_ND -= ((1 - old_share.sqrt())[:, None] * step_KD)[y_N]
+        d_ND -= ((1 - old_share.sqrt())[:, None] * step_PD)[place_N]
         for at in range(0, dim, _WIDTH):  # the product is symmetric: half of it is enough
             self.upper[at : at + _WIDTH, at:].addmm_(d_ND[:, at : at + _WIDTH].T, d_ND[:, at:])
         self.spread.index_add_(0, y_N, d_ND.square().sum(1))
-        self.mean = about_KD + (1 - old_share)[:, None] * step_KD
-        self.count = total
+        self.mean[present] = about_PD + (1 - old_share)[:, None] * step_PD
+        self.count[present] = old + new
         self.norm += torch.linalg.vector_norm(x_ND, dim=1).sum()
 
     def merge(self, other: "ClassMoments") -> "ClassMoments":

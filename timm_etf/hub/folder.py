@@ -12,9 +12,8 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_etf import frames
-from timm_etf.atomic import atomic_folder, require_new_folder, write_json
+from timm_etf.atomic import atomic_folder, file_sha256, require_new_folder, write_json
 from timm_etf.classifier import classifier_names, fixed_classifiers, placed
-from timm_etf.download import file_sha256
 from timm_etf.errors import UsageError
 from timm_etf.hub.card import write_card
 from timm_etf.hub.load import FORMAT, WEIGHTS

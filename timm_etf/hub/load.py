@@ -11,9 +11,10 @@ from timm.models import parse_model_name
 from torch import nn
 
 from timm_etf import frames
+from timm_etf.atomic import file_sha256
 from timm_etf.classifier import classifier_names, fix_classifier, place
-from timm_etf.download import MissingFile, download, file_sha256, first_line
-from timm_etf.errors import UsageError
+from timm_etf.download import MissingFile, download
+from timm_etf.errors import UsageError, first_line
 from timm_etf.heads import FixedClassifier
 
 FORMAT = 1

@@ -11,7 +11,8 @@ from typing import Any
 
 from timm.models._pretrained import PretrainedCfg
 
-from timm_etf.download import download, file_sha256
+from timm_etf.atomic import file_sha256
+from timm_etf.download import download
 from timm_etf.errors import UsageError
 
 NAMES = ("resnet10t_etf.icons400",)

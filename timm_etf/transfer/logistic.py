@@ -87,8 +87,8 @@ def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     if a.is_cuda:
         return torch.linalg.eigh(a)
-    values, vectors = np.linalg.eigh(a.numpy())  # several times as fast as torch's on a CPU
-    return torch.from_numpy(values), torch.from_numpy(vectors)
+    values, vectors = np.linalg.eigh(a.cpu().numpy())  # several times as fast as torch's on a CPU
+    return torch.from_numpy(values).to(a.device), torch.from_numpy(vectors).to(a.device)
 
 
 class _Problem:

@@ -1,6 +1,5 @@
 """Pictures of a report: paired differences, accuracy against collapse, accuracy over depth."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from timm_etf.atomic import atomic_file
 from timm_etf.transfer.report import MEAN, Report
 
 COLOURS = ("#7a7a7a", "#c8102e", "#1f5fa8", "#d98a00", "#2f8f4e", "#7a3fa0", "#00868b", "#8a5a2b")
@@ -29,9 +29,8 @@ def draw(report: Report, out: Path) -> dict[str, str]:
 
 def save(figure: Any, path: Path) -> str:
     """Write a picture under a temporary name, then rename it to `path`; returns its file name."""
-    new = path.with_name(f".{path.name}")
-    figure.savefig(new, dpi=140, format="png")
-    os.replace(new, path)
+    with atomic_file(path) as new:
+        figure.savefig(new, dpi=140, format="png")
     return path.name
 
 

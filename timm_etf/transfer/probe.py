@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_etf.transfer.features import Features
+from timm_etf.features.extract import Features
 from timm_etf.transfer.logistic import logistic_path
 from timm_etf.transfer.result import Result, fit_and_validation
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_etf.data.catalogue import METRICS, Target
-from timm_etf.transfer.models import Candidate
+from timm_etf.features.candidates import Candidate
+from timm_etf.report.statistics import bootstrap, log_odds, t_interval
 from timm_etf.transfer.result import Result, sample_weights
-from timm_etf.transfer.statistics import bootstrap, log_odds, t_interval
 
 MEAN = "mean"
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_etf.data.catalogue import Metric
-from timm_etf.transfer.features import Features
-from timm_etf.transfer.statistics import bootstrap
+from timm_etf.features.extract import Features
+from timm_etf.report.statistics import bootstrap
 
 
 @dataclass(frozen=True)

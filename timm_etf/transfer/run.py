@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,12 +18,11 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
-from timm_etf.atomic import write_json, write_text
-from timm_etf.download import file_sha256
+from timm_etf.atomic import atomic_file, file_sha256, write_json, write_text
+from timm_etf.data.images import Splits, open_splits, resolve
 from timm_etf.errors import UsageError
-from timm_etf.geometry import ClassMoments, collapse
-from timm_etf.transfer import models
-from timm_etf.transfer.features import (
+from timm_etf.features.candidates import Candidate, parse_models
+from timm_etf.features.extract import (
     PRE_LOGITS,
     Features,
     Layers,
@@ -32,17 +30,16 @@ from timm_etf.transfer.features import (
     extract,
     layer_names,
     load,
-    processes,
     weights_hash,
 )
-from timm_etf.transfer.fewshot import SHOTS, fewshot
-from timm_etf.transfer.finetune import LEARNING_RATES, WEIGHT_DECAYS, Budget, finetune
-from timm_etf.transfer.knn import knn
-from timm_etf.transfer.models import Candidate
+from timm_etf.geometry import ClassMoments, collapse
+from timm_etf.processes import exact_device, processes
+from timm_etf.transfer.few_shot import SHOTS, fewshot
+from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS, Budget, finetune
+from timm_etf.transfer.neighbours import knn
 from timm_etf.transfer.probe import linear_probe
 from timm_etf.transfer.report import Report, show
 from timm_etf.transfer.result import Result
-from timm_etf.transfer.targets import Splits, open_splits, resolve
 
 PROTOCOLS = ("probe", "knn", "finetune", "fewshot")
 
@@ -171,7 +168,7 @@ def _check(settings: Settings) -> list[Candidate]:
         raise UsageError("--depths probes several layers: add probe to --protocols.")
     if settings.out.exists() and not settings.out.is_dir():
         raise UsageError(f"{settings.out} is a file: choose another --out.")
-    return models.parse(settings.models)
+    return parse_models(settings.models)
 
 
 class _Work:
@@ -235,7 +232,7 @@ class _Work:
                 self.note(f"{name}: {len(unreadable)} images could not be read and were left out: {unreadable[0]}, ...")
         for seed in range(self.settings.seeds):
             add = partial(self._add, number, name, seed)
-            options: dict[str, Any] = {"seed": seed, "device": self.device}
+            options: dict[str, Any] = {"seed": seed, "device": exact_device(self.device)}
             if "probe" in self.settings.protocols:
                 for layer in layer_names(folders[0]):
                     protocol = "probe" if layer == PRE_LOGITS else f"probe at depth {layer}"
@@ -250,7 +247,7 @@ class _Work:
                 grid = [LEARNING_RATES, WEIGHT_DECAYS]
                 rests_on = [weights, *(s.fingerprint for s in splits), asdict(budget), grid]
                 build = partial(_fresh, self.candidates[number])
-                add("finetune", rests_on, partial(finetune, build, splits, budget, **options))
+                add("finetune", rests_on, partial(finetune, build, splits, budget, seed=seed, device=self.device))
         if folders and processes().is_main_process:
             self.collapse[number, name] = _collapse(folders[0])
 
@@ -300,7 +297,6 @@ def _finish(job: Job) -> None:
         return
     started = time.perf_counter()
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    new = job.path.with_name(f".{job.path.name}.tmp")
     about: dict[str, Any] = {"key": job.key}
     try:
         result = job.compute()
@@ -311,8 +307,8 @@ def _finish(job: Job) -> None:
         # A loader's worker passes its error on with a traceback before it.
         about["problem"] = str(e).strip().splitlines()[-1].removeprefix("timm_etf.errors.UsageError: ")
     about["seconds"] = round(time.perf_counter() - started, 2)
-    save_file(arrays, new, metadata={"about": json.dumps(about)})
-    os.replace(new, job.path)
+    with atomic_file(job.path) as new:
+        save_file(arrays, new, metadata={"about": json.dumps(about)})
 
 
 def _read(job: Job) -> tuple[Result, float] | str | None:

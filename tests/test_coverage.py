@@ -1,0 +1,63 @@
+import subprocess
+import sys
+
+import pytest
+import timm
+
+from timm_etf import UsageError, coverage, frames
+from timm_etf.classifier import fixed_classifiers
+from timm_etf.coverage import table
+
+
+def test_coverage_is_what_the_models_have() -> None:
+    rows = {row.name: row for row in coverage("test_*", 500)}
+    assert set(rows) == {n for n in timm.list_models("test_*_etf") if not n.endswith("_sw_etf")}
+    for name in ("test_resnet_etf", "test_vit_etf", "test_convnext_etf"):
+        net = timm.create_model(name, num_classes=500)
+        [(_, head)] = fixed_classifiers(net)
+        assert rows[name].widths == (head.in_features,)
+        assert rows[name].frames == (head.frame,)
+        assert rows[name].saved_parameters == sum(b.numel() for b in head.buffers())
+        assert rows[name].bound == frames.bound(500, head.in_features)
+
+
+def test_coherence_of_optimal_frames_is_the_bound_and_of_codes_what_was_computed() -> None:
+    [optimal] = coverage("resnet50", 1000)
+    assert optimal.coherence == optimal.bound == -1 / 999
+    [zero] = coverage("resnet18", 1000)
+    assert zero.coherence == zero.bound == 0
+    [row] = coverage("test_vit", 331, compute=True)
+    assert row.frames == ("spherical_code",)
+    expected = frames.coherence(frames.make("auto", 331, row.widths[0]))
+    assert coverage("test_vit", 331)[0].coherence == pytest.approx(expected, abs=1e-6)
+    assert row.bound < expected < frames.coherence(frames.gaussian(331, row.widths[0]))
+
+
+def test_several_classifiers_in_one_row() -> None:
+    [row] = coverage("crossvit_9_240", 200)
+    assert row.widths == (128, 256)
+    assert row.frames == ("orthoplex", "simplex")
+    assert row.coherence == 0
+    assert row.saved_parameters == 200 * (128 + 256 + 2)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(UsageError, match="No architecture matches 'resnet5'"):
+        coverage("resnet5")
+    with pytest.raises(UsageError, match="gemma4_vit_167m_enc is left out: an encoder"):
+        coverage("gemma4_vit_167m_enc")
+    with pytest.raises(UsageError, match="at least 2 classes"):
+        coverage("resnet50", 1)
+
+
+def test_the_command_prints_the_table() -> None:
+    code = "from timm_etf.cli import main; main()"
+    command = [sys.executable, "-c", code, "models", "resnet1[08]*", "--num-classes", "1000"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "resnet18_etf" in printed
+    assert "next: " in printed
+    rows = table(coverage("resnet18", 1000), 1000).splitlines()
+    assert rows[1].split() == ["resnet18_etf", "512", "orthoplex", "0.0000", "0.0000", "513,000", "4.1", "MB"]
+    done = subprocess.run([*command[:3], "models", "zzz"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: No architecture matches 'zzz': timm.list_models() lists the names."

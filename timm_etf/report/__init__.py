@@ -1,0 +1,1 @@
+"""What measuring verbs say alike: statistics, the results file, tables and pictures."""

@@ -1,0 +1,167 @@
+"""`timm-etf random-features`: regression on random features of any model's features, simulated and in theory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from timm_etf.errors import UsageError
+from timm_etf.features.study import Inputs, Pair, Study, closing, row, sample, write
+from timm_etf.geometry import random_feature_regression, scaled
+from timm_etf.processes import processes
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied.
+
+    Attributes:
+        a2: Quadratic coefficients of sigma(t) = a2 t^2 + a1 t + a0.
+        num_features: Numbers N of random features.
+        gammas: Ridge penalties.
+        a1: Linear coefficient.
+        a0: Constant one.
+        draws: Simulations at each N.
+        samples: At most so many training and test images each, evenly spaced; time grows with their cube.
+        seed: Of the draws.
+    """
+
+    a2: tuple[float, ...] = (0.0, 0.1, 0.5)
+    num_features: tuple[int, ...] = (125, 250, 500, 1000, 2000, 4000)
+    gammas: tuple[float, ...] = (0.01, 0.1, 1.0)
+    a1: float = 1.0
+    a0: float = 0.0
+    draws: int = 10
+    samples: int = 1000
+    seed: int = 0
+
+
+def run(inputs: Inputs, sweep: Sweep) -> dict[str, Any]:
+    """Sweep every model on every data set and write the report, results.json and pictures.
+
+    Returns:
+        What is in results.json: for each data set and label the points of every training.
+
+    Raises:
+        UsageError: If the inputs are wrong, before anything is computed, or nothing at all could be computed.
+    """
+    if not sweep.a2 or not sweep.num_features or not sweep.gammas:
+        raise UsageError("Give at least one a2, one number of features and one gamma.")
+    if min(sweep.gammas) <= 0 or min(sweep.num_features) < 1 or sweep.draws < 1 or sweep.samples < 2:
+        raise UsageError("Penalties, numbers of random features and draws are positive, samples at least 2.")
+    if 0 in sweep.a2 and sweep.a1 == 0:
+        raise UsageError("With a2 and a1 both 0 the random features do not depend on the image.")
+    study = Study(inputs)
+    found: dict[str, dict[str, list[Any]]] = {}
+    for pair in study.pairs():
+        points = points_of(pair, sweep) if processes().is_main_process else []
+        found.setdefault(pair.data, {}).setdefault(pair.label, []).append(points)
+    results = {"random_features": found, "sweep": asdict(sweep), **study.record()}
+    write(
+        inputs.out,
+        results,
+        as_markdown(results),
+        "Test error over the number of random features",
+        lambda plots: [plots.random_features(data, by_label, inputs.out) for data, by_label in found.items()],
+    )
+    return results
+
+
+def points_of(pair: Pair, sweep: Sweep) -> list[dict[str, Any]]:
+    """Every point of the sweep on one model's features, the error in units of the test labels' variance."""
+    splits = {"train": pair.splits.train, "test": pair.splits.test}
+    (x, y), (x_test, y_test) = (sample(pair.folders[s], len(images), sweep.samples) for s, images in splits.items())
+    scaled_x, scaled_test = scaled(x, x_test)
+    labels, labels_test = (one_hot(v, len(pair.splits.train.class_names)) for v in (y, y_test))
+    mean = labels.mean(0)
+    labels, labels_test = labels - mean, labels_test - mean
+    variance = float(np.square(labels_test).sum(1).mean())
+    points = []
+    for a2 in sweep.a2:
+        swept = random_feature_regression(
+            scaled_x,
+            labels,
+            scaled_test,
+            labels_test,
+            a2=a2,
+            a1=sweep.a1,
+            a0=sweep.a0,
+            num_features=sweep.num_features,
+            gammas=sweep.gammas,
+            draws=sweep.draws,
+            seed=sweep.seed,
+        )
+        for point in swept:
+            values = {"theory": point.theory, "simulated": point.simulated, "band": point.band}
+            relative = {k: (np.array(v) / variance).tolist() for k, v in values.items()}
+            points.append({"a2": a2, "num_features": point.num_features, "gamma": point.gamma, **relative})
+    return points
+
+
+def one_hot(y: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
+    """Labels for regression: +-1 for two classes, one-hot for more.
+
+    Example:
+        >>> one_hot(np.array([1, 0]), 2).tolist(), one_hot(np.array([2]), 3).tolist()
+        ([[1.0], [-1.0]], [[0.0, 0.0, 1.0]])
+    """
+    if num_classes == 2:
+        return np.where(y[:, None] == 1, 1.0, -1.0)
+    return np.eye(num_classes)[y]
+
+
+def agreement(points: Sequence[Mapping[str, Any]]) -> str:
+    """At how many points the theory is within the range of draws, and its median relative gap to their mean."""
+    inside = sum(p["band"][0] <= p["theory"] <= p["band"][1] for p in points)
+    gap = np.median([abs(p["theory"] / p["simulated"] - 1) for p in points])
+    return f"theory within the draws at {inside} of {len(points)} points, median gap {gap:.1%}"
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The report to read: for every data set the error at the largest N, and how the theory compares."""
+    sweep = results["sweep"]
+    most = max(sweep["num_features"])
+    sigma = f"{sweep['a1']:g} t + {sweep['a0']:g}"
+    lines = [
+        "# Random features",
+        "",
+        f"Ridge regression on N random features sigma(w'x), sigma(t) = a2 t^2 + {sigma}, of pre-logits (at most "
+        f"{sweep['samples']} images of each split, centred, mean squared norm 1). Test mean squared error over the "
+        f"labels' variance: 1 is what predicting the mean gives. Mean of {sweep['draws']} draws of the features; in "
+        "brackets the deterministic equivalent.",
+        "",
+    ]
+    for data, models in results["random_features"].items():
+        grid = list(product(sweep["a2"], sweep["gammas"]))
+        lines += [f"## {data}, N = {most}", "", row(["a2", "gamma", *models]), "|---|---|" + "---|" * len(models)]
+        for a2, gamma in grid:
+            cells = []
+            for trainings in models.values():
+                at = [p for t in trainings for p in t if (p["a2"], p["gamma"], p["num_features"]) == (a2, gamma, most)]
+                cells.append(f"{np.mean([p['simulated'] for p in at]):.4g} ({np.mean([p['theory'] for p in at]):.4g})")
+            lines.append(row([f"{a2:g}", f"{gamma:g}", *cells]))
+        lines.append("")
+        for label, trainings in models.items():
+            points = [p for t in trainings for p in t]
+            lines.append(f"- `{label}`: {agreement(points)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def summary(results: Mapping[str, Any], out: Path) -> str:
+    """What the command prints: the best point of each model, how theory compares, and where the rest is."""
+    lines = []
+    for data, models in results["random_features"].items():
+        for label, trainings in models.items():
+            points = [p for t in trainings for p in t]
+            best = min(points, key=lambda p: p["simulated"])
+            where = f"a2 {best['a2']:g}, N {best['num_features']}, gamma {best['gamma']:g}"
+            lines.append(
+                f"{data}, {label}: least test error {best['simulated']:.4g} of the labels' variance ({where}); "
+                f"{agreement(points)}"
+            )
+    return "\n".join([*lines, *closing(out, results, "random-features-*.png")])

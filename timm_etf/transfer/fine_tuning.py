@@ -1,0 +1,181 @@
+"""Fine-tuning: the whole network and a fresh classifier; rate and weight decay chosen on validation images."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from timm_etf.data.images import Images, Splits
+from timm_etf.errors import UsageError
+from timm_etf.transfer.result import Result, validation_mask
+
+LEARNING_RATES = (0.003, 0.01, 0.03)
+WEIGHT_DECAYS = (1e-5, 1e-3)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every model gets for each of its trainings.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Images per step.
+        workers: Loader processes.
+    """
+
+    steps: int = 500
+    batch_size: int = 64
+    workers: int = 2
+
+    @property
+    def words(self) -> str:
+        """The budget as a report states it."""
+        return (
+            f"{self.steps} steps of {self.batch_size} images, SGD with momentum 0.9, cosine schedule, learning rate of "
+            f"{LEARNING_RATES} and weight decay of {WEIGHT_DECAYS} chosen on validation images"
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some images of some splits, as one data set."""
+
+    splits: Sequence[Images]
+    rows: Sequence[tuple[int, int]]
+
+    def labels(self) -> Tensor:
+        return torch.tensor([self.splits[s].labels[i] for s, i in self.rows])
+
+
+class _Transformed(Dataset[Any]):
+    def __init__(self, part: _Part, transform: Any, mode: str) -> None:
+        self.part, self.transform, self.mode = part, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.part.rows)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        split, index = self.part.rows[item]
+        images = self.part.splits[split]
+        try:
+            pixels = images.read(index, self.mode)
+        except Exception as e:
+            raise UsageError(f"Unreadable image: {images.where(index)} ({str(e).splitlines()[0]})") from None
+        return self.transform(pixels), int(images.labels[index])
+
+
+def finetune(
+    build: Callable[[int], nn.Module],
+    splits: Splits,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Result:
+    """Fine-tune on a target and score it.
+
+    Every pair of a learning rate and a weight decay is trained on the training images and scored on the validation
+    images; the best is trained again on both. The classifier is fresh and trainable, whatever the backbone was
+    pretrained under. Training images are cropped at random (60 to 100 % of the area) and mirrored if the target allows.
+
+    Args:
+        build: Makes the pretrained model for a number of classes.
+        splits: The target.
+        budget: The same for every model that is compared.
+        seed: Seed of the classifier, the order and the crops, and of the validation images where the target has none.
+        device: Where to train.
+
+    Returns:
+        The result on every test image; `chosen` has the learning rate and weight decay.
+
+    Raises:
+        UsageError: If an image cannot be read.
+    """
+    everything = [splits.train] + ([splits.validation] if splits.validation else [])
+    rows = [(s, i) for s, images in enumerate(everything) for i in range(len(images))]
+    held = (
+        np.array([s == 1 for s, _ in rows])
+        if splits.validation is not None
+        else validation_mask(splits.train.labels, seed)
+    )
+    fit = _Part(everything, [r for r, h in zip(rows, held, strict=True) if not h])
+    validation = _Part(everything, [r for r, h in zip(rows, held, strict=True) if h]) if held.any() else fit
+    test = _Part([splits.test], [(0, i) for i in range(len(splits.test))])
+    run = _Runner(build, len(splits.train.class_names), splits.target.hflip, budget, seed, torch.device(device))
+    grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
+    with tqdm(
+        total=(len(grid) + 1) * budget.steps,
+        desc=f"fine-tuning on {splits.target.name}",
+        unit="step",
+        leave=False,
+        disable=None,
+    ) as bar:
+        truth = validation.labels()
+        scores = [(run(fit, validation, *pair, bar) == truth).double().mean().item() for pair in grid]
+        lr, weight_decay = grid[int(np.argmax(scores))]
+        predicted = run(_Part(everything, rows), test, lr, weight_decay, bar).numpy()
+    y = splits.test.labels
+    statement = f"all layers trained; {budget.words}"
+    return Result((predicted == y).astype(np.float32), y, statement, {"lr": lr, "weight_decay": weight_decay})
+
+
+@dataclass(frozen=True)
+class _Runner:
+    build: Callable[[int], nn.Module]
+    num_classes: int
+    hflip: bool
+    budget: Budget
+    seed: int
+    device: torch.device
+
+    def __call__(self, train: _Part, test: _Part, lr: float, weight_decay: float, bar: Any) -> Tensor:
+        """Train once and predict the classes of `test`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model: Any = self.build(self.num_classes).to(self.device)
+            config = timm.data.resolve_data_config(model=model)
+            mode = "L" if config["input_size"][0] == 1 else "RGB"
+            self._train(model, _Transformed(train, self._augmentation(config), mode), lr, weight_decay, bar)
+            still = _Transformed(test, timm.data.create_transform(**config), mode)
+            model.eval()
+            with torch.inference_mode():
+                loader: DataLoader[Any] = DataLoader(still, self.budget.batch_size * 4, num_workers=self.budget.workers)
+                return torch.cat([model(pixels.to(self.device)).argmax(1).cpu() for pixels, _ in loader])
+
+    def _augmentation(self, config: dict[str, Any]) -> Any:
+        shared = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
+        flip = 0.5 if self.hflip else 0.0
+        return timm.data.create_transform(
+            **shared, is_training=True, scale=(0.6, 1.0), hflip=flip, color_jitter=0.0, auto_augment=None
+        )
+
+    def _train(self, model: Any, images: _Transformed, lr: float, weight_decay: float, bar: Any) -> None:
+        steps, size = self.budget.steps, min(self.budget.batch_size, len(images))
+        optimizer = create_optimizer_v2(model, opt="sgd", lr=lr, weight_decay=weight_decay, momentum=0.9)
+        schedule = CosineLRScheduler(
+            optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=lr / 10, t_in_epochs=False
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        per_epoch = len(images) // size
+        epochs = [torch.randperm(len(images), generator=generator) for _ in range(-(-steps // per_epoch))]
+        order = torch.cat([e[: per_epoch * size] for e in epochs]).view(-1, size)[:steps]
+        loader: DataLoader[Any] = DataLoader(
+            images, batch_sampler=order.tolist(), num_workers=self.budget.workers, generator=generator
+        )
+        model.train()
+        for step, (pixels, labels) in enumerate(loader):
+            loss = nn.functional.cross_entropy(model(pixels.to(self.device)), labels.to(self.device))
+            optimizer.zero_grad()
+            loss.backward()
+            schedule.step_update(step)
+            optimizer.step()
+            bar.update()
