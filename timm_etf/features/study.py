@@ -1,11 +1,9 @@
 """What the figures share: models and data, every pair of them with its features, and what the reports say alike."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from timm_etf.atomic import file_sha256, write_json, write_text
+from timm_etf.atomic import file_sha256
 from timm_etf.data.images import Splits, open_splits, resolve
 from timm_etf.errors import UsageError
 from timm_etf.features.candidates import Candidate, parse_models
@@ -185,40 +183,3 @@ def sample(folder: Path, images: int, most: int) -> tuple[NDArray[np.float32], N
         y.append(y_chunk[first::every])
         seen += len(y_chunk)
     return np.concatenate(x), np.concatenate(y)
-
-
-def row(cells: Iterable[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def write(
-    out: Path, results: Mapping[str, Any], text: str, title: str, draw: Callable[[ModuleType], Sequence[str]]
-) -> None:
-    """Write results.json, and report.md with what is missing and, where matplotlib is installed, pictures at its end.
-
-    Args:
-        out: Folder.
-        results: What goes into results.json.
-        text: The report so far.
-        title: What the pictures show.
-        draw: Draws them with the module `plots`, and returns their file names.
-    """
-    if not processes().is_main_process:
-        return
-    lines = [f"- **missing**: {k}: {v}" for k, v in results["missing"].items()] + [f"- {n}" for n in results["notes"]]
-    if find_spec("matplotlib"):
-        from timm_etf.studies import plots
-
-        lines += ["", *(f"![{title}]({name})\n" for name in draw(plots))]
-    write_json(out / "results.json", results)
-    write_text(out / "report.md", "\n".join([text, *lines]))
-
-
-def closing(out: Path, results: Mapping[str, Any], pictures: str) -> list[str]:
-    """Last lines of what a command prints: what is missing, and where the rest is; `pictures` is a wildcard."""
-    lines = []
-    if results["missing"]:
-        name, reason = next(iter(results["missing"].items()))
-        lines.append(f"missing: {len(results['missing'])}, such as {name} ({reason})")
-    return [*lines, f"report:  {out / 'report.md'}", *(f"picture: {p}" for p in sorted(out.glob(pictures)))]

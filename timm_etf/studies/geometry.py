@@ -14,10 +14,11 @@ from torchmetrics import MeanMetric
 from timm_etf.classifier import classifier_names
 from timm_etf.errors import UsageError
 from timm_etf.features.extract import stream
-from timm_etf.features.study import Inputs, Pair, Study, closing, row, sample, write
+from timm_etf.features.study import Inputs, Pair, Study, sample
 from timm_etf.geometry import ClassMoments, class_covariance, collapse, covariance_differences, scaled, total_variance
 from timm_etf.geometry.metrics import CollapseMetrics, NearestMeanAgreement
 from timm_etf.processes import exact_device, processes
+from timm_etf.report.page import closing, remarks, row, write
 from timm_etf.report.statistics import t_interval
 
 MEANING = {
@@ -67,13 +68,8 @@ def run(inputs: Inputs) -> dict[str, Any]:
             found.setdefault(pair.data, {}).setdefault(split, {}).setdefault(pair.label, []).append(metrics)
         covariances.setdefault(pair.data, {}).setdefault(pair.label, covariance)
     results = {"geometry": found, **study.record()}
-    write(
-        inputs.out,
-        results,
-        as_markdown(results),
-        "Class covariance and its spectrum",
-        lambda plots: [plots.covariance(data, by_label, inputs.out) for data, by_label in covariances.items()],
-    )
+    if processes().is_main_process:
+        write(inputs.out, results, as_markdown(results), lambda: _draw(covariances, inputs.out))
     return results
 
 
@@ -159,6 +155,14 @@ def _differences(pair: Pair) -> dict[str, float]:
     }
 
 
+def _draw(found: Mapping[str, Any], out: Path) -> dict[str, str]:
+    from timm_etf.studies import plots
+
+    return {
+        plots.covariance(data, by_label, out): "Class covariance and its spectrum" for data, by_label in found.items()
+    }
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The report to read."""
     lines = ["# Geometry", ""]
@@ -177,7 +181,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "interval. nc4 and nearest_mean are about the class means of the training features. nc3, nc4 and top1 need a "
         "classifier of the data's classes. Pictures show the first training of each label."
     )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *remarks(results["missing"], results["notes"]), ""])
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -195,5 +199,5 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
             names = [n for n in ("nc1", "cdnv", "within", "within_share") if all(n in m for m in members)]
             shown = {n: float(np.mean([m[n] for m in members])) for n in names}
             lines.append(f"{data}, {label}: " + ", ".join(f"{n} {v:.4g}" for n, v in shown.items()))
-    lines += closing(out, results, "covariance-*.png")
+    lines += closing(out, results["missing"], "covariance-*.png")
     return "\n".join([*lines, "next:    timm-etf random-features with these --models and --data"])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from numpy.typing import NDArray
 
-from timm_etf.transfer.plots import COLOURS, STYLE, save
+from timm_etf.report.style import COLOURS, STYLE, save
 
 
 def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]], out: Path) -> str:

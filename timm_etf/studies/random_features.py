@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_etf.errors import UsageError
-from timm_etf.features.study import Inputs, Pair, Study, closing, row, sample, write
+from timm_etf.features.study import Inputs, Pair, Study, sample
 from timm_etf.geometry import random_feature_regression, scaled
 from timm_etf.processes import processes
+from timm_etf.report.page import closing, remarks, row, write
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,8 @@ def run(inputs: Inputs, sweep: Sweep) -> dict[str, Any]:
         points = points_of(pair, sweep) if processes().is_main_process else []
         found.setdefault(pair.data, {}).setdefault(pair.label, []).append(points)
     results = {"random_features": found, "sweep": asdict(sweep), **study.record()}
-    write(
-        inputs.out,
-        results,
-        as_markdown(results),
-        "Test error over the number of random features",
-        lambda plots: [plots.random_features(data, by_label, inputs.out) for data, by_label in found.items()],
-    )
+    if processes().is_main_process:
+        write(inputs.out, results, as_markdown(results), lambda: _draw(found, inputs.out))
     return results
 
 
@@ -121,6 +117,15 @@ def agreement(points: Sequence[Mapping[str, Any]]) -> str:
     return f"theory within the draws at {inside} of {len(points)} points, median gap {gap:.1%}"
 
 
+def _draw(found: Mapping[str, Any], out: Path) -> dict[str, str]:
+    from timm_etf.studies import plots
+
+    return {
+        plots.random_features(data, by_label, out): "Test error over the number of random features"
+        for data, by_label in found.items()
+    }
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The report to read: for every data set the error at the largest N, and how the theory compares."""
     sweep = results["sweep"]
@@ -149,7 +154,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             points = [p for t in trainings for p in t]
             lines.append(f"- `{label}`: {agreement(points)}")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *remarks(results["missing"], results["notes"]), ""])
 
 
 def summary(results: Mapping[str, Any], out: Path) -> str:
@@ -164,4 +169,4 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
                 f"{data}, {label}: least test error {best['simulated']:.4g} of the labels' variance ({where}); "
                 f"{agreement(points)}"
             )
-    return "\n".join([*lines, *closing(out, results, "random-features-*.png")])
+    return "\n".join([*lines, *closing(out, results["missing"], "random-features-*.png")])

@@ -8,11 +8,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from timm_etf.atomic import atomic_file
+from timm_etf.report.style import COLOURS, STYLE, save
 from timm_etf.transfer.report import MEAN, Report
-
-COLOURS = ("#7a7a7a", "#c8102e", "#1f5fa8", "#d98a00", "#2f8f4e", "#7a3fa0", "#00868b", "#8a5a2b")
-STYLE: Any = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(report: Report, out: Path) -> dict[str, str]:
@@ -25,13 +22,6 @@ def draw(report: Report, out: Path) -> dict[str, str]:
         if any(" at depth " in p for p in report.protocols):
             made[save(_depths(report), out / "depths.png")] = "Accuracy of a probe over depth"
     return made
-
-
-def save(figure: Any, path: Path) -> str:
-    """Write a picture under a temporary name, then rename it to `path`; returns its file name."""
-    with atomic_file(path) as new:
-        figure.savefig(new, dpi=140, format="png")
-    return path.name
 
 
 def _colour(report: Report, label: str) -> str:

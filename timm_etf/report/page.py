@@ -1,0 +1,42 @@
+"""The page of a report, and the last lines that its command prints."""
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from timm_etf.atomic import write_json, write_text
+
+
+def row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def write(out: Path, results: Mapping[str, Any], text: str, draw: Callable[[], Mapping[str, str]]) -> None:
+    """Write results.json, and report.md with the pictures at its end where matplotlib is installed.
+
+    Args:
+        out: Folder.
+        results: What goes into results.json.
+        text: The report.
+        draw: Draws the pictures into `out`; gives what each shows, by file name. Called only if matplotlib is there.
+    """
+    pictures = draw() if find_spec("matplotlib") else {}
+    write_json(out / "results.json", results)
+    shown = (f"![{title}]({name})\n" for name, title in pictures.items())
+    write_text(out / "report.md", "\n".join([text, *shown]))
+
+
+def remarks(missing: Mapping[str, str], notes: Iterable[str]) -> list[str]:
+    """What is missing and what was noted, as a Markdown list."""
+    return [f"- **missing**: {k}: {v}" for k, v in missing.items()] + [f"- {n}" for n in notes]
+
+
+def closing(out: Path, missing: Mapping[str, str], pictures: str) -> list[str]:
+    """Last lines of what a command prints: what is missing, and where the rest is; `pictures` is a wildcard."""
+    lines = []
+    if missing:
+        name, reason = next(iter(missing.items()))
+        lines.append(f"missing: {len(missing)}, such as {name} ({reason})")
+    return [*lines, f"report:  {out / 'report.md'}", *(f"picture: {p}" for p in sorted(out.glob(pictures)))]
