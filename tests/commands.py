@@ -8,12 +8,14 @@ while a library is imported (HF_HOME, HF_ENDPOINT) is the server's: tests of tha
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,10 @@ class Command:
         largest_file: int = resource.RLIM_INFINITY,
     ) -> None:
         self.args = [str(a) for a in arguments]
-        self._output = tempfile.TemporaryDirectory(prefix="timm_etf-command-")
+        self._output = tempfile.mkdtemp(prefix="timm_etf-command-")
+        weakref.finalize(self, shutil.rmtree, self._output)
         self._process: Any = _server.Process(
-            target=_main, args=(self.args, dict(env or {}), str(cwd or Path.cwd()), self._output.name, largest_file)
+            target=_main, args=(self.args, dict(env or {}), str(cwd or Path.cwd()), self._output, largest_file)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -79,7 +82,7 @@ class Command:
         return self._read("err")
 
     def _read(self, name: str) -> str:
-        path = Path(self._output.name, name)
+        path = Path(self._output, name)
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 

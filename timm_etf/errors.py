@@ -42,11 +42,12 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _exit("Stopped.", 130)
     except Exception as e:
-        if not _is_failed_write(e):
-            raise
-        reason = first_line(e)
-        fix = "make room and continue (pretrain and demo: --resume)"
-        _exit(f"error: Cannot write ({reason}). What was saved before is whole: {fix}.", 2)
+        if _is_failed_write(e):
+            fix = "make room and continue (pretrain and demo: --resume)"
+            _exit(f"error: Cannot write ({first_line(e)}). What was saved before is whole: {fix}.", 2)
+        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG):
+            _exit(f"error: Cannot use {e.filename} ({e.strerror}): check the path and its permissions.", 2)
+        raise
 
 
 def first_line(error: BaseException) -> str:
@@ -54,10 +55,24 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def one_line(error: Exception) -> str:
+    """Why one part of a command could not be done, for the others to go on.
+
+    Raises:
+        Exception: `error` itself, where nothing could go on either: nothing can be written.
+    """
+    if _is_failed_write(error):
+        raise error
+    lines = str(error).strip().splitlines() or [""]
+    if lines[0].startswith("Caught "):  # a loader's process passes its error on with a traceback before it
+        return lines[-1].removeprefix(f"{UsageError.__module__}.{UsageError.__qualname__}: ")
+    return lines[0] if isinstance(error, UsageError) else f"{type(error).__name__}: {lines[0]}"
+
+
 def _is_failed_write(error: Exception) -> bool:
     """Whether the disk is full or refuses to be written to; safetensors and torch have errors of their own for that."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     written_by_libraries = r"os error (27|28|122)\)|PytorchStreamWriter failed|enforce fail at inline_container"
     return re.search(written_by_libraries, str(error)) is not None
 

@@ -27,3 +27,12 @@ def exact_device(device: Any) -> "torch.device":
 
     device = torch.device(device)
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def any_problem(mine: str) -> str:
+    """The first process' problem that is not empty: all stop together, or the others would wait for ever for one."""
+    if processes().num_processes == 1:
+        return mine
+    from accelerate.utils import gather_object
+
+    return next((p for p in gather_object([mine]) if p), "")

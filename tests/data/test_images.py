@@ -8,7 +8,7 @@ from PIL import Image
 from tests.conftest import write_images
 from timm_etf import UsageError
 from timm_etf.data.catalogue import HUB, SUITES
-from timm_etf.transfer import Target, open_splits, resolve
+from timm_etf.transfer import Target, find_targets, open_splits
 
 
 def parquet(folder: Path, labels: dict[str, list[object]], feature: object) -> Path:
@@ -22,7 +22,7 @@ def parquet(folder: Path, labels: dict[str, list[object]], feature: object) -> P
 
 
 def test_names_suites_folders_and_ids(images: Path, tmp_path: Path) -> None:
-    targets, missing = resolve(
+    targets, missing = find_targets(
         ["flowers102", "offline", f"{images},test=validation,metric=mean_per_class", "org/name,label=kind,hflip=no"],
         tmp_path,
     )
@@ -46,11 +46,11 @@ def test_names_suites_folders_and_ids(images: Path, tmp_path: Path) -> None:
 )
 def test_wrong_specs(specs: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        resolve(specs, Path("data"))
+        find_targets(specs, Path("data"))
 
 
 def test_the_same_target_twice_counts_once() -> None:
-    assert len(resolve(["cifar10", "hub"], Path("data"))[0]) == len(HUB)
+    assert len(find_targets(["cifar10", "hub"], Path("data"))[0]) == len(HUB)
 
 
 def test_parquet_with_class_names_strings_or_numbers(tmp_path: Path) -> None:
@@ -114,8 +114,14 @@ def test_folders_whose_classes_differ(tmp_path: Path, images: Path) -> None:
             image.unlink()
     with pytest.raises(UsageError, match="holds no images in class folders"):
         open_splits(Target("bars", str(tmp_path)))
-    with pytest.raises(UsageError, match=r"No folder .*test"):
-        open_splits(Target("bars", str(images)))
+    with pytest.raises(UsageError, match=r"No folder .*dev"):
+        open_splits(Target("bars", str(images), test="dev"))
+    assert open_splits(Target("bars", str(images))).target.test == "validation"
+    (tmp_path / "loop" / "train").mkdir(parents=True)
+    (tmp_path / "loop" / "train" / "all").symlink_to(images / "train")
+    (tmp_path / "loop" / "train" / "again").symlink_to(images / "train" / "class0")
+    with pytest.raises(UsageError, match="its images would count twice"):
+        open_splits(Target("bars", str(tmp_path / "loop"), test="train"))
     # Images that lie in the split itself are of no class.
     (tmp_path / "flat" / "train").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "train" / "a.png")

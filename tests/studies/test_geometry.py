@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +6,19 @@ import pytest
 import timm
 import torch
 
+from tests import commands
 from tests.geometry.test_neural_collapse import by_definition
 from timm_etf import UsageError, fix_classifier
-from timm_etf.features.study import Inputs, sample
-from timm_etf.studies.geometry import as_markdown, classifier, run, summary
+from timm_etf.features.study import sample
+from timm_etf.studies.geometry import Settings, as_markdown, classifier, run, summary
 from timm_etf.transfer import Target, features_of, open_splits
 
 
 def inputs(
     exported: Path, images: Path, out: Path, names: tuple[str, ...] = ("plain", "fixed"), **changes: object
-) -> Inputs:
+) -> Settings:
     models = tuple(f"{n}=local-dir:{exported}/{n}" for n in names)
-    return Inputs(
+    return Settings(
         **{"models": models, "data": (f"{images},name=bars,test=validation",), "out": out, "workers": 0} | changes
     )
 
@@ -71,11 +69,11 @@ def test_what_cannot_be_measured_is_named_and_the_rest_goes_on(exported: Path, i
     assert not {"nc3", "nc4", "top1"} & set(found["others"][0])  # its classes are in another order
     assert "missing: 2" in summary(results, tmp_path / "out")
     with pytest.raises(UsageError, match="timm knows no model 'resnet5'"):
-        run(Inputs(models=("resnet5",), data=(str(images),), out=tmp_path / "none"))
+        run(Settings(models=("resnet5",), data=(str(images),), out=tmp_path / "none"))
     with pytest.raises(UsageError, match="Nothing could be computed: damaged: bars"):
         run(inputs(exported, images, tmp_path / "bad", ("damaged",)))
     with pytest.raises(UsageError, match="at least one model"):
-        run(Inputs(models=(), data=(str(images),), out=tmp_path / "none"))
+        run(Settings(models=(), data=(str(images),), out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -88,22 +86,10 @@ def test_again_and_with_two_processes_it_is_the_same(
         run(inputs(exported, images, tmp_path / "again", features=out / "features"))["geometry"] == results["geometry"]
     )
     assert {p: p.stat().st_mtime_ns for p in (out / "features").rglob("*")} == before  # read, not computed
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "timm_etf",
-        "geometry",
-    ]
     asked = inputs(exported, images, tmp_path / "two")
-    options = ["--models", *asked.models, "--data", *asked.data, "--out", str(asked.out), "--workers", "0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, *command, *options], capture_output=True, text=True, env=env, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("report: ") == 1
+    options = ["--models", *asked.models, "--data", *asked.data, "--out", asked.out, "--workers", "0"]
+    printed = [done.stdout for done in commands.run_ranks(2, "geometry", *options)]
+    assert [text.count("report: ") for text in printed] == [1, 0]
     two = json.loads((tmp_path / "two" / "results.json").read_text())["geometry"]
     for split in ("train", "test"):
         for label in ("plain", "fixed"):

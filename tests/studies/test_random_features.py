@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 
 from timm_etf import UsageError
-from timm_etf.features.study import Inputs
-from timm_etf.studies.random_features import Sweep, run, summary
+from timm_etf.studies.random_features import Settings, run, summary
 
 
 def test_every_point_of_the_sweep_on_every_model(exported: Path, images: Path, tmp_path: Path) -> None:
     models = tuple(f"{n}=local-dir:{exported}/{n}" for n in ("plain", "fixed", "damaged"))
-    inputs = Inputs(models, (f"{images},name=bars,test=validation",), tmp_path, workers=0)
-    sweep = Sweep(a2=(0.0, 0.4), num_features=(20, 200), gammas=(0.1, 1.0), draws=20, samples=50)
-    results = run(inputs, sweep)
+    sweep = {"a2": (0.0, 0.4), "num_features": (20, 200), "gammas": (0.1, 1.0), "draws": 20, "samples": 50}
+    data = (f"{images},name=bars,test=validation",)
+    results = run(Settings(models=models, data=data, out=tmp_path, workers=0, **sweep))
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert list(results["missing"]) == ["damaged: bars"]
     for label in ("plain", "fixed"):
@@ -37,9 +36,10 @@ def test_every_point_of_the_sweep_on_every_model(exported: Path, images: Path, t
         ({"num_features": ()}, "at least one a2"),
         ({"samples": 1}, "samples at least 2"),
         ({"a1": 0.0}, "do not depend on the image"),
+        ({"a2": (0.0, float("nan"))}, "--a2 must be finite"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_at_once(tmp_path: Path, changes: dict, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        run(Inputs(("resnet18",), (str(tmp_path),), tmp_path / "out"), Sweep(**changes))
+        run(Settings(models=("resnet18",), data=(str(tmp_path),), out=tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()

@@ -1,10 +1,12 @@
 import hashlib
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ import timm
 import torch
 from PIL import Image
 
+from tests import commands
 from tests.conftest import write_images
 from timm_etf import UsageError, fix_classifier, hub
+from timm_etf.features.candidates import Candidate
+from timm_etf.features.extract import load
 from timm_etf.hub.card import own_results
-from timm_etf.transfer.fine_tuning import Budget
 from timm_etf.transfer.run import Settings, run, summary
 
 
@@ -192,11 +196,13 @@ def test_what_fails_does_not_stop_the_rest_and_is_reported(models: Path, images:
     [
         ({"models": ("resnet5000",)}, "timm knows no model 'resnet5000'"),
         ({"models": ("local-dir:/nowhere",)}, "no config.json in that folder"),
-        ({"models": ("a/b=resnet18",)}, "'a/b' cannot be a label"),
+        ({"models": ("a/b=resnet18",)}, "'a/b=resnet18' is no folder on this machine"),
         ({"models": ("resnet18", "resnet18,drop_rate=0.1")}, "Two models are called 'resnet18'"),
-        ({"models": ("resnet18,drop_rate",)}, "'drop_rate' is no argument"),
+        ({"models": ("resnet18,drop_rate",)}, "'drop_rate' in .* is no argument"),
+        ({"models": ("x|y=resnet18",)}, r"'x\|y' cannot be a label"),
+        ({"models": ("<b>*z*=resnet18",)}, "cannot be a label"),
+        ({"models": ("tests",)}, "tests: no config.json in that folder"),
         ({"protocols": ("knn",), "depths": 2}, "add probe to --protocols"),
-        ({"protocols": ("lda",)}, "No protocol 'lda'"),
         ({"seeds": 0}, "--seeds is at least 1"),
         ({"targets": ("nothing",)}, "No target 'nothing'"),
     ],
@@ -224,7 +230,8 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path) -> None:
         models=(f"fixed=local-dir:{models}/fixed0",),
         protocols=("finetune",),
         seeds=1,
-        budget=Budget(60, 16, 0),
+        finetune_steps=60,
+        finetune_batch_size=16,
     )
     report = run(chosen)
     target = report.targets[0]
@@ -241,28 +248,130 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_continues_where_it_was(models: Path, images: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "timm_etf", "transfer", "--models", f"plain=local-dir:{models}/plain0"]
-    command += [
-        f"fixed=local-dir:{models}/fixed0",
-        "--targets",
-        f"{images},name=bars,test=validation",
-        "--workers",
-        "0",
-    ]
-    command += ["--out", str(tmp_path / "out"), "--seeds", "8"]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    asked = settings(models, images, tmp_path / "out", seeds=8)
+    command = ["transfer", "--models", *asked.models, "--targets", *asked.targets, "--workers", "0", "--seeds", "8"]
+    command += ["--out", asked.out]
+    killed = commands.Command(*command)
     deadline = time.monotonic() + 100
-    while len(list((tmp_path / "out").rglob("*-seed*.safetensors"))) < 5:
+    while len(list(asked.out.rglob("*-seed*.safetensors"))) < 5:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert killed.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = times(tmp_path / "out")
+    killed.kill()
+    before = times(asked.out)
     assert 5 <= sum("seed" in p for p in before) < 2 * 5 * 8
-    assert not (tmp_path / "out" / "report.md").exists()
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200, check=True)
-    after = times(tmp_path / "out")
+    assert not (asked.out / "report.md").exists()
+    done = commands.run(*command, check=True)
+    after = times(asked.out)
     assert sum("seed" in p for p in after) == 2 * 5 * 8
     assert {p: t for p, t in after.items() if p in before} == before
-    assert f"report:  {tmp_path / 'out' / 'report.md'}" in done.stdout
+    assert f"report:  {asked.out / 'report.md'}" in done.stdout
+
+
+def test_arguments_of_a_model_are_part_of_what_its_numbers_are_filed_under(images: Path, tmp_path: Path) -> None:
+    net = "test_resnet,pretrained=False"
+    specs = (f"avg={net}", f"max={net},global_pool=max", f"stride={net},output_stride=8", f"again={net}")
+    run(settings(tmp_path, images, tmp_path / "out", models=specs, protocols=("knn",)))
+    # Same weights, names and shapes; the fourth is the first again.
+    assert len(list((tmp_path / "out" / "features").glob("*/features.json"))) == 3 * 2
+    means = [load(p.parent).x.mean() for p in sorted((tmp_path / "out" / "features").glob("*/features.json"))]
+    assert len({round(float(m), 6) for m in means}) == 3 * 2
+
+
+def test_fine_tuning_is_filed_under_the_models_arguments_but_not_the_number_of_workers(
+    models: Path, images: Path, tmp_path: Path
+) -> None:
+    options = {"protocols": ("finetune",), "seeds": 1, "finetune_steps": 1, "finetune_batch_size": 8}
+
+    def files(model: str, **more: object) -> dict[str, int]:
+        run(settings(models, images, tmp_path / "out", models=(model,), **options, **more))
+        return times(tmp_path / "out")
+
+    first = files("a=test_resnet,pretrained=False")
+    assert files("a=test_resnet,pretrained=False", workers=1) == first
+    assert files("a=test_resnet,pretrained=False,drop_rate=0.9") != first
+
+
+def test_each_file_of_weights_and_features_is_read_once(
+    models: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **kwargs: (counts.update([name]), function(*args, **kwargs))[1]
+
+    import timm_etf.transfer.run as module
+    from timm_etf.features import extract as extraction
+
+    monkeypatch.setattr("hashlib.file_digest", counted("file hashed", hashlib.file_digest))
+    monkeypatch.setattr(extraction, "weights_hash", counted("tensors hashed", extraction.weights_hash))
+    monkeypatch.setattr(module, "load", counted("features loaded", load))
+    monkeypatch.setattr(Candidate, "create", counted("model made", Candidate.create))
+    protocols = ("probe", "knn", "fewshot", "finetune")
+    chosen = settings(models, images, tmp_path / "out", protocols=protocols, finetune_steps=1, finetune_batch_size=8)
+    run(chosen)
+    # Two models, one target of two splits, six jobs on features with two seeds each, two fine-tunings of seven runs.
+    del counts["file hashed"]
+    assert counts == {"model made": 2, "features loaded": 2 * 2}
+
+
+def test_the_same_weights_do_not_count_twice(models: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="given twice"):
+        run(settings(models, images, tmp_path / "out", models=(f"a={models}/plain0", f"a=local-dir:{models}/plain0")))
+    shutil.copytree(models / "plain0", tmp_path / "copy")
+    specs = (f"a={models}/plain0", f"a={tmp_path}/copy")
+    report = run(settings(models, images, tmp_path / "out", models=specs, protocols=("knn",)))
+    (reason,) = report.missing.values()
+    assert "one training counts once" in reason
+
+
+def test_a_chunk_of_one_damaged_image_is_left_out(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from timm_etf.features import extract as extraction
+
+    monkeypatch.setattr(extraction, "CHUNK", 11)
+    write_images(tmp_path / "odd", "train", 6)  # 32 images
+    write_images(tmp_path / "odd", "test", 2)  # 12 images: the last is a chunk by itself
+    (last,) = sorted((tmp_path / "odd" / "test").rglob("*.png"))[-1:]
+    last.write_bytes(b"\x89PNG cut")
+    report = run(
+        settings(
+            tmp_path, images, tmp_path / "out", models=("a=test_resnet,pretrained=False",), targets=(f"{tmp_path}/odd",)
+        )
+    )
+    assert len(report.runs("a", "odd", "probe")[0][0].y) == 11
+    assert any("1 images could not be read" in note for note in report.notes)
+
+
+def test_a_protocol_that_crashes_is_named_and_the_others_go_on(
+    models: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm_etf.transfer.run as module
+
+    def crash(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a bug somewhere\nand more lines")
+
+    monkeypatch.setattr(module, "knn", crash)
+    report = run(settings(models, images, tmp_path / "out", protocols=("knn", "probe")))
+    assert report.protocols == ["probe"]
+    assert report.missing["plain: bars, knn"] == "RuntimeError: a bug somewhere"
+    monkeypatch.undo()
+    assert run(settings(models, images, tmp_path / "out", protocols=("knn", "probe"))).missing == {}
+
+
+def test_a_full_disk_is_no_failure_of_one_part(models: Path, images: Path, tmp_path: Path) -> None:
+    asked = settings(models, images, tmp_path / "out")
+    command = ["transfer", "--models", *asked.models, "--targets", *asked.targets, "--workers", "0", "--out", asked.out]
+    done = commands.run(*command, largest_file=20_000)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: Cannot write (")
+    assert not (asked.out / "report.md").exists()
+
+
+def test_a_held_out_validation_split_is_what_is_scored_where_there_is_no_test_split(
+    models: Path, images: Path, tmp_path: Path
+) -> None:
+    report = run(settings(models, images, tmp_path / "out", targets=(str(images),), protocols=("knn",)))
+    assert len(report.runs("plain", images.name, "knn")[0][0].y) == 38
+    assert any("scored on its validation split" in note for note in report.notes)

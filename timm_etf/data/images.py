@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from timm_etf import specs
 from timm_etf.data.catalogue import HUB, METRICS, SUITES, Target
-from timm_etf.errors import UsageError
+from timm_etf.errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class Splits:
         return iter([s for s in (self.train, self.validation, self.test) if s is not None])
 
 
-def resolve(specs: Sequence[str], data_root: Path) -> tuple[list[Target], dict[str, str]]:
+def find_targets(texts: Sequence[str], data_root: Path) -> tuple[list[Target], dict[str, str]]:
     """Targets of a command line, without opening them.
 
     Args:
-        specs: Each a name of the catalogue, a suite, an image folder, a folder of parquet files or a Hub data set id,
+        texts: Each a name of the catalogue, a suite, an image folder, a folder of parquet files or a Hub data set id,
             with any field of `Target` behind it: `DATA,test=validation,metric=mean_per_class`.
         data_root: Folder that `timm-etf data build` filled.
 
@@ -82,9 +83,9 @@ def resolve(specs: Sequence[str], data_root: Path) -> tuple[list[Target], dict[s
     """
     targets: list[Target] = []
     missing: dict[str, str] = {}
-    for spec in specs:
-        first, *rest = spec.split(",")
-        changes = _changes(spec, rest)
+    for text in texts:
+        first, arguments = specs.split(text)
+        changes = _changes(text, arguments)
         names = SUITES.get(first, (first,))
         for name in names:
             target = _find(name, data_root)
@@ -100,15 +101,17 @@ def resolve(specs: Sequence[str], data_root: Path) -> tuple[list[Target], dict[s
     return targets, missing
 
 
-def _changes(spec: str, pairs: list[str]) -> dict[str, Any]:
+def _changes(spec: str, arguments: dict[str, str]) -> dict[str, Any]:
     known = {f.name for f in fields(Target)} - {"location"}
-    changes: dict[str, Any] = dict(p.partition("=")[::2] for p in pairs)
+    changes: dict[str, Any] = dict(arguments)
     if unknown := [k for k in changes if k not in known]:
         raise UsageError(f"{spec!r}: a target has no {unknown[0]!r}; it has {', '.join(sorted(known))}.")
     if changes.get("metric", "top1") not in METRICS:
         raise UsageError(f"{spec!r}: the metric is one of {', '.join(METRICS)}.")
     if "hflip" in changes:
-        changes["hflip"] = changes["hflip"].lower() in ("1", "true", "yes")
+        changes["hflip"] = specs.value(changes["hflip"])
+        if changes["hflip"] not in (True, False):
+            raise UsageError(f"{spec!r}: hflip is yes or no.")
     return changes
 
 
@@ -133,6 +136,7 @@ def open_splits(target: Target) -> Splits:
         UsageError: If a split, column or label is missing, a test class has no training images, or there is one class.
     """
     is_folder = (Path(target.location) / target.train).is_dir()
+    target = _with_a_test_split(target) if is_folder else target
     opener = _open_folder if is_folder else _open_arrow
     train = opener(target, target.train)
     validation = opener(target, target.validation) if target.validation else None
@@ -149,6 +153,13 @@ def open_splits(target: Target) -> Splits:
     aligned = [None if s is None else _renumber(s, train) for s in (validation, test)]
     assert aligned[1] is not None
     return Splits(target, train, aligned[0], aligned[1])
+
+
+def _with_a_test_split(target: Target) -> Target:
+    """An image folder as it is pretrained on has its held-out images in `validation`: they are its test split."""
+    folder = Path(target.location)
+    lacks = target.test == "test" and target.validation != "validation" and not (folder / "test").is_dir()
+    return replace(target, test="validation") if lacks and (folder / "validation").is_dir() else target
 
 
 def _renumber(split: Images, train: Images) -> Images:
@@ -181,6 +192,11 @@ def _open_folder(target: Target, split: str) -> Images:
     paths = [path for path, _ in reader.samples]
     labels = np.array([label for _, label in reader.samples], dtype=np.int64)
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
+    folders = {Path(path).parent for path in paths}
+    if len({f.resolve() for f in folders}) < len(folders):
+        raise UsageError(
+            f"A link inside {folder} leads to a folder that is in it already: its images would count twice."
+        )
     if len(names) < 2 and labels.size:
         raise UsageError(f"{folder} has one class folder only; images belong into one folder for each class.")
     digest = hashlib.sha256()
@@ -197,8 +213,7 @@ def _open_arrow(target: Target, split: str) -> Images:
     try:
         data: Any = datasets.load_dataset(target.location, target.config or None, split=split)
     except Exception as e:  # a builder may raise anything: no such repository, split or network, damaged files
-        first = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise UsageError(f"Cannot open {name} of {target.location}: {first}") from e
+        raise UsageError(f"Cannot open {name} of {target.location}: {first_line(e)}") from e
     for field in ("image", "label"):
         column = getattr(target, field)
         if column not in data.column_names:

@@ -1,6 +1,6 @@
 """The models of a comparison: what a command line names them, and how they are made."""
 
-import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,9 @@ import torch
 from timm.models import parse_model_name
 from torch import nn
 
-from timm_etf.errors import UsageError
+from timm_etf import specs
+from timm_etf.atomic import file_sha256
+from timm_etf.errors import UsageError, first_line
 from timm_etf.hub import create_model
 from timm_etf.hub.load import locate
 
@@ -30,7 +32,7 @@ class Candidate:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def create(self) -> nn.Module:
+    def create(self) -> "Loaded":
         """Make the model, with its weights.
 
         Raises:
@@ -38,28 +40,45 @@ class Candidate:
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # whatever has no weights is the same in every process and call
-                return create_model(self.name, **{"pretrained": True, **self.kwargs})
+                # Whatever has no weights is the same in every process and call. Of the CPU's generator alone: the
+                # others' state is not put back.
+                torch.default_generator.manual_seed(0)
+                model = create_model(self.name, **{"pretrained": True, **self.kwargs})
+            return Loaded(model.eval(), self._weights_sha256())
         except UsageError:
             raise
         except Exception as e:  # timm and the Hub have many: no weights, no network, wrong argument, damaged file
-            first = next(iter(str(e).strip().splitlines()), type(e).__name__)
-            raise UsageError(f"Cannot create {self.name}: {first}") from e
+            raise UsageError(f"Cannot create {self.name}: {first_line(e)}") from e
 
-    def weights_file(self) -> Path | None:
-        """The file of a folder's or repository's weights; None for what timm itself knows."""
+    def _weights_sha256(self) -> str | None:
         if parse_model_name(self.name)[0] is None or not self.kwargs.get("pretrained", True):
             return None
-        return locate(self.name, cache_dir=self.kwargs.get("cache_dir")).weights
+        file = locate(self.name, cache_dir=self.kwargs.get("cache_dir")).weights
+        return file_sha256(file) if file else None
 
 
-def parse_models(specs: Sequence[str]) -> list[Candidate]:
+@dataclass(frozen=True)
+class Loaded:
+    """A candidate's model.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        weights_sha256: SHA-256 of the file of a folder's or repository's weights; None for what timm itself knows.
+    """
+
+    model: nn.Module
+    weights_sha256: str | None
+
+
+def parse_models(texts: Sequence[str]) -> list[Candidate]:
     """Candidates of a command line, `[LABEL=]NAME[,ARGUMENT=VALUE...]`.
 
-    Several specs under one label are repetitions of one method.
+    NAME is a timm name, `hf-hub:REPO`, `local-dir:FOLDER`, or the folder of a run or an export. Several candidates
+    under one label are repetitions of one method.
 
     Raises:
-        UsageError: If a name is unknown, a folder is missing, or two candidates get one label by accident.
+        UsageError: If a name is unknown, a folder is missing, or two candidates get one label by accident or are the
+            same model.
 
     Example:
         >>> parse_models(["random=resnet18,pretrained=False", "resnet18"])[0]
@@ -67,36 +86,49 @@ def parse_models(specs: Sequence[str]) -> list[Candidate]:
     """
     candidates: list[Candidate] = []
     given: list[bool] = []
-    for spec in specs:
-        first, *rest = spec.split(",")
-        label, equals, name = first.rpartition("=")
-        source, path = parse_model_name(name)
-        if source == "local-dir" and not (Path(path) / "config.json").exists():
-            raise UsageError(f"{name}: no config.json in that folder; an exported model has one (RUN/export).")
-        if source is None and not timm.is_model(name):
-            raise UsageError(
-                f"timm knows no model {name!r}: see timm-etf models, or give local-dir:FOLDER or hf-hub:REPO."
-            )
-        candidates.append(Candidate(label or _default_label(path), name, dict(map(_argument, rest))))
-        given.append(bool(equals))
-    for candidate, named in zip(candidates, given, strict=True):
-        if not named and sum(c.label == candidate.label for c in candidates) > 1:
+    for text in texts:
+        first, arguments = specs.split(text)
+        label, name = _label_and_name(first)
+        name = _checked(name)
+        kwargs = {k: specs.value(v) for k, v in arguments.items()}
+        candidates.append(Candidate(label or _default_label(parse_model_name(name)[1]), name, kwargs))
+        given.append(bool(label))
+    for number, candidate in enumerate(candidates):
+        if not given[number] and sum(c.label == candidate.label for c in candidates) > 1:
             raise UsageError(f"Two models are called {candidate.label!r}: name them, as in LABEL={candidate.name}")
-    if odd := [c.label for c in candidates if "/" in c.label or c.label.startswith(".")]:
-        raise UsageError(f"{odd[0]!r} cannot be a label: it names a folder of results.")
+        if candidate in candidates[:number]:
+            raise UsageError(f"{candidate.label}={candidate.name} is given twice: one training counts once.")
+        if not re.fullmatch(r"\w[\w .+=()-]*", candidate.label):
+            raise UsageError(
+                f"{candidate.label!r} cannot be a label, which names a folder of results: use letters, digits, spaces "
+                "and any of _ - + = . ( ), as in LABEL=NAME."
+            )
     return candidates
+
+
+def _label_and_name(text: str) -> tuple[str, str]:
+    """What stands before the first equals sign, unless that is part of a path."""
+    label, equals, name = text.partition("=")
+    is_path = ":" in label or "/" in label or (Path(text).exists() and not Path(name).exists())
+    return ("", text) if not equals or is_path else (label, name)
+
+
+def _checked(name: str) -> str:
+    """A name that `timm_etf.create_model` takes and that exists, as far as this can be seen without a network."""
+    try:
+        source, path = parse_model_name(name) if ":" in name or not Path(name).is_dir() else ("local-dir", name)
+    except ValueError as e:
+        raise UsageError(f"{name!r} is no folder on this machine. {first_line(e)}") from None
+    if source == "local-dir":
+        folder = next((f for f in (Path(path), Path(path) / "export") if (f / "config.json").exists()), None)
+        if folder is None:
+            raise UsageError(f"{name}: no config.json in that folder; an exported model has one (RUN/export).")
+        return f"local-dir:{folder}"
+    if source is None and not timm.is_model(name):
+        raise UsageError(f"timm knows no model {name!r}: see timm-etf models, or give a folder or hf-hub:REPO.")
+    return name
 
 
 def _default_label(path: str) -> str:
     parts = [p for p in Path(path).parts if p != "export"]
     return parts[-1] if parts else path
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"{text!r} is no argument of a model: write NAME,argument=value")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value

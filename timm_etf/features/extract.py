@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from timm_etf.atomic import atomic_file, write_json
 from timm_etf.data.images import Images
-from timm_etf.errors import UsageError
-from timm_etf.processes import processes
+from timm_etf.errors import UsageError, first_line
+from timm_etf.processes import any_problem, processes
 
 CHUNK = 1024
 """Images in a file. It bounds the memory of an extraction, and what a kill in the middle of one loses."""
@@ -82,16 +82,23 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def key(model: nn.Module, weights: str, images: Images, layers: Layers, precision: Precision) -> dict[str, Any]:
-    """What features depend on; equal keys give equal features."""
+def identity(model: nn.Module, weights: str | None = None) -> dict[str, Any]:
+    """What a timm model computes: equal identities give equal logits and features.
+
+    Args:
+        model: A timm model.
+        weights: SHA-256 of its weights' file, if they are from one; else its tensors are hashed.
+    """
     transform = timm.data.resolve_data_config(model=model)
+    # Arguments such as a pooling or a stride change neither the names nor the shapes of the weights. timm records
+    # those that it was given; a later change of a module shows in the structure.
+    arguments = {k: repr(v) for k, v in sorted(getattr(model, "_model_args", {}).items())}
     return {
-        "model": type(model).__name__,
-        "weights": weights,
-        "images": images.fingerprint,
+        "model": (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__,
+        "arguments": arguments,
+        "structure": hashlib.sha256(repr(model).encode()).hexdigest(),
+        "weights": weights or weights_hash(model),
         "transform": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(transform.items())},
-        "layers": layers.names(model)[0],
-        "precision": precision,
         "timm": timm.__version__,
     }
 
@@ -111,7 +118,7 @@ def extract(
     precision: Precision = "fp32",
     batch_size: int = 256,
     workers: int = 2,
-    weights: str | None = None,
+    made_from: dict[str, Any] | None = None,
 ) -> Path:
     """Compute the features of a split into safetensors files, unless they are there.
 
@@ -127,7 +134,7 @@ def extract(
         precision: Of the model's computations; features are stored as float32.
         batch_size: Images per forward pass.
         workers: Loader processes.
-        weights: `weights_hash(model)`, if known.
+        made_from: `identity(model)`, if known.
 
     Returns:
         The features' folder, for `load`.
@@ -136,7 +143,12 @@ def extract(
         UsageError: If features are not finite or no image can be read.
     """
     layers = layers or Layers()
-    made_from = key(model, weights or weights_hash(model), images, layers, precision)
+    made_from = {
+        **(made_from or identity(model)),
+        "images": images.fingerprint,
+        "layers": layers.names(model)[0],
+        "precision": precision,
+    }
     out = folder / key_hash(made_from)
     state = processes()
     if _is_whole(out):
@@ -152,10 +164,9 @@ def extract(
     except Exception as e:
         if state.num_processes == 1:
             raise
-        problem = f"{type(e).__name__}: {e}"
-    if state.num_processes > 1:  # all processes stop together, or the others would wait for ever
-        if problems := [p for p in gather_object([problem]) if p]:
-            raise UsageError(problems[0])
+        problem = f"{type(e).__name__}: {first_line(e)}"
+    if problem := any_problem(problem):
+        raise UsageError(problem)
     abouts = [_about(_chunk_file(out, c)) for c in chunks]
     if bad := sum(a["not_finite"] for a in abouts):
         state.wait_for_everyone()
@@ -208,15 +219,25 @@ def load(folder: Path, layer: str = PRE_LOGITS) -> Features:
         The features of all readable images, in the order of the split.
     """
     about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
-    x, y = zip(*stream(folder, layer), strict=True)
-    return Features(np.concatenate(x), np.concatenate(y), tuple(about["class_names"]), tuple(about["unreadable"]))
+    count = sum(len(y) for _, y in _files(folder, "label"))
+    x, labels, at = np.empty(0, np.float32), np.empty(count, np.int64), 0
+    for x_file, y_file in stream(folder, layer):
+        if not at:  # allocated once, because a list of pieces and their concatenation take the memory twice
+            x = np.empty((count, x_file.shape[1]), np.float32)
+        x[at : at + len(y_file)], labels[at : at + len(y_file)] = x_file, y_file
+        at += len(y_file)
+    return Features(x, labels, tuple(about["class_names"]), tuple(about["unreadable"]))
 
 
 def stream(folder: Path, layer: str = PRE_LOGITS) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """What `extract` wrote, one file after the other: features and labels."""
+    """What `extract` wrote, one file after the other: features and labels; a file without a readable image is none."""
+    return ((x, y) for x, y in _files(folder, layer) if len(y))
+
+
+def _files(folder: Path, name: str) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as file:
-            yield file.get_tensor(layer), file.get_tensor("label")
+            yield file.get_tensor(name), file.get_tensor("label")
 
 
 def features_of(model: nn.Module, images: Images, **kwargs: Any) -> Features:
@@ -235,8 +256,7 @@ class _Decoded(Dataset[Any]):
         try:
             return index, self.transform(self.images.read(index, self.mode)), ""
         except Exception as e:  # a decoder may raise anything on hostile bytes
-            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-            return index, None, f"{self.images.where(index)} ({reason})"
+            return index, None, f"{self.images.where(index)} ({first_line(e)})"
 
 
 def _collate(items: list[tuple[int, Tensor | None, str]]) -> tuple[list[int], Tensor | None, list[str]]:
@@ -300,7 +320,6 @@ def _compute(
                     n: torch.cat([r[i] for r in rows]) if rows else torch.empty(0, 0) for i, n in enumerate(names)
                 }
                 bad = torch.stack([~t.isfinite().all(1) for t in tensors.values()]).any(0).sum().item()
-                tensors["index"] = torch.tensor(kept, dtype=torch.int64)
                 tensors["label"] = torch.from_numpy(images.labels[kept])
                 yield chunk, tensors, {"unreadable": unreadable, "not_finite": bad}
                 rows, kept, unreadable = [], [], []

@@ -1,8 +1,9 @@
-"""What the figures share: models and data, every pair of them with its features, and what the reports say alike."""
+"""What every measuring verb begins with: models and data, and the features of every pair of them."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +14,46 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from timm_etf.atomic import file_sha256
-from timm_etf.data.images import Splits, open_splits, resolve
-from timm_etf.errors import UsageError
-from timm_etf.features.candidates import Candidate, parse_models
-from timm_etf.features.extract import Precision, extract, stream, weights_hash
-from timm_etf.processes import processes
+from timm_etf.data.images import Splits, find_targets, open_splits
+from timm_etf.errors import UsageError, one_line
+from timm_etf.features.candidates import Loaded, parse_models
+from timm_etf.features.extract import Layers, Precision, extract, identity, stream
+from timm_etf.processes import any_problem, processes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a figure is about.
-
-    Attributes:
-        models: Models, `[LABEL=]NAME[,ARGUMENT=VALUE...]`; several under one label are trainings of one method.
-        data: Data sets, see `timm_etf.transfer.resolve`.
-        out: Folder of the results.
-        data_root: Folder that `timm-etf data build` filled.
-        features: Folder of the feature cache, such as that of a transfer run; by default in `out`.
-        precision: Of the models' computations.
-        batch_size: Images per forward pass.
-        workers: Loader processes.
-    """
+    """Settings that all measuring verbs share; each verb's own are its command line."""
 
     models: tuple[str, ...]
-    data: tuple[str, ...]
+    """[LABEL=]NAME[,ARGUMENT=VALUE...]: any timm name, the folder of a run, or hf-hub:REPO. The first is what the
+    others are compared with; several under one label are trainings of one method."""
     out: Path
+    """Folder of the results and the report."""
     data_root: Path = Path("data")
+    """Folder that `timm-etf data build` filled."""
     features: Path | None = None
+    """Folder of the feature cache, to share it between runs; by default in OUT."""
     precision: Precision = "fp32"
+    """Of the models' computations; features are stored as float32."""
     batch_size: int = 256
+    """Images per forward pass."""
     workers: int = 2
+    """Loader processes."""
+
+    def check(self) -> None:
+        """Refuse values that cannot work, before anything is computed or written.
+
+        Raises:
+            UsageError: With the option to change.
+        """
+        if not self.models:
+            raise UsageError("Give at least one model with --models.")
+        for option, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, option) < least:
+                raise UsageError(f"--{option.replace('_', '-')} is at least {least}.")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"{self.out} is a file: choose another --out.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Pair:
         model: The model, in evaluation mode.
         data: The data set's name.
         splits: Its images.
-        folders: Folders of their features, by split: `train` and `test`.
+        folders: Folders of their features, by split; empty where none were asked for.
     """
 
     label: str
@@ -65,105 +75,193 @@ class Pair:
     folders: dict[str, Path]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Measured:
+    """One model with its features of all data sets of which they could be computed.
+
+    Attributes:
+        number: Its place among the candidates.
+        model: The model, in evaluation mode.
+        identity: What its numbers depend on, see `extract.identity`.
+        pairs: The model on each data set.
+    """
+
+    number: int
+    model: nn.Module
+    identity: dict[str, Any]
+    pairs: list[Pair]
+
+
 class Study:
-    """All pairs of the inputs, one after the other; what cannot be had is named and the rest goes on.
+    """Models and data sets, one after the other; what cannot be had is named in `missing` and the rest goes on.
+
+    Args:
+        inputs: What to measure and how.
+        data: Data sets, see `find_targets`.
+        splits: Splits to extract features of, as far as a data set has them: of `train`, `validation`, `test`.
+        layers: Layers to extract.
 
     Raises:
         UsageError: At once, if a model or data set is not known, there is none, or `out` is a file.
     """
 
-    inputs: Inputs
-    missing: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    weights_sha256: dict[str, list[str | None]] = field(default_factory=dict)
+    def __init__(
+        self,
+        inputs: Inputs,
+        data: Sequence[str],
+        *,
+        splits: Sequence[str] = ("train", "test"),
+        layers: Layers | None = None,
+    ) -> None:
+        inputs.check()
+        if not data:
+            raise UsageError("Give at least one data set.")
+        self.inputs, self.data, self.splits, self.layers = inputs, data, splits, layers or Layers()
+        self.candidates = parse_models(inputs.models)
+        targets, self.missing = find_targets(data, inputs.data_root)
+        self.notes: list[str] = []
+        self.weights_sha256: dict[int, str | None] = {}
+        self.seconds = 0.0
+        self._wanted = targets
+        self.opened: dict[str, Splits] = {}
 
-    def __post_init__(self) -> None:
-        if not self.inputs.models or not self.inputs.data:
-            raise UsageError("Give at least one model and one data set.")
-        if self.inputs.batch_size < 1 or self.inputs.workers < 0:
-            raise UsageError("--batch-size is at least 1, --workers at least 0.")
-        if self.inputs.out.exists() and not self.inputs.out.is_dir():
-            raise UsageError(f"{self.inputs.out} is a file: choose another --out.")
-        self.candidates = parse_models(self.inputs.models)
-        self.targets, missing = resolve(self.inputs.data, self.inputs.data_root)
-        self.missing |= missing
+    def measured(self) -> Iterator[Measured]:
+        """Every model that can be made, with its features; one model is in memory at a time.
+
+        Raises:
+            UsageError: In the end, if there is no pair of a model and a data set.
+        """
+        self._open()
+        self.inputs.out.mkdir(parents=True, exist_ok=True)
+        count = 0
+        with tqdm(
+            total=len(self.candidates) * len(self.opened),
+            unit="pair",
+            leave=False,
+            disable=None if processes().is_main_process else True,
+        ) as bar:
+            for number, candidate in enumerate(self.candidates):
+                loaded = self._create(number) if self.opened else None
+                if loaded is None:
+                    bar.update(len(self.opened))
+                    continue
+                about = identity(loaded.model, loaded.weights_sha256)
+                pairs = []
+                for name, splits in self.opened.items():
+                    bar.set_description(f"{candidate.label} on {name}")
+                    folders = self._extract(number, loaded.model, about, splits)
+                    if folders is not None:
+                        pairs.append(Pair(candidate.label, loaded.model, name, splits, folders))
+                    bar.update()
+                count += len(pairs)
+                yield Measured(number, loaded.model, about, pairs)
+        if not count:
+            self.refuse_nothing()
 
     def pairs(self) -> Iterator[Pair]:
-        """Every pair whose features could be computed, model by model.
+        """Every pair of a model and a data set whose features could be computed, model by model.
 
         Raises:
             UsageError: In the end, if there was none.
         """
-        opened: dict[str, Splits] = {}
-        for target in self.targets:
-            try:
-                opened[target.name] = open_splits(target)
-            except UsageError as e:
-                self.missing[target.name] = str(e)
-        self.inputs.out.mkdir(parents=True, exist_ok=True)
-        count = 0
-        steps = [(c, name) for c in self.candidates for name in opened]
-        bar = tqdm(total=len(steps), unit="pair", leave=False, disable=None if processes().is_main_process else True)
-        with bar:
-            for candidate in self.candidates:
-                model = self._create(candidate) if opened else None
-                weights = None if model is None else weights_hash(model)
-                for name, splits in opened.items():
-                    bar.set_description(f"{candidate.label} on {name}")
-                    if model is not None and (folders := self._extract(candidate, model, weights, name, splits)):
-                        yield Pair(candidate.label, model, name, splits, folders)
-                        count += 1
-                    bar.update()
-        if not count:
-            reason = next(iter(self.missing.items()))
-            raise UsageError(f"Nothing could be computed: {reason[0]}: {reason[1]}")
+        for measured in self.measured():
+            yield from measured.pairs
 
-    def record(self) -> dict[str, Any]:
+    def refuse_nothing(self) -> None:
+        """Raise `UsageError`, because nothing at all could be computed, with the first reason."""
+        name, reason = next(iter(self.missing.items()), ("", "no jobs"))
+        raise UsageError(f"Nothing could be computed: {name}: {reason}")
+
+    def title(self, number: int) -> str:
+        """How a candidate is called in `missing`: by its label, with its name where several share that."""
+        candidate = self.candidates[number]
+        alone = sum(c.label == candidate.label for c in self.candidates) == 1
+        return candidate.label if alone else f"{candidate.label} ({candidate.name})"
+
+    def note(self, text: str) -> None:
+        """Remember something for the report, once."""
+        self.notes += [text] if text not in self.notes else []
+
+    def settings(self) -> dict[str, Any]:
         """What was asked for and with which versions, for results.json."""
         from timm_etf import __version__
 
-        about = {k: v for k, v in asdict(self.inputs).items() if k in ("models", "data", "precision")}
-        about["versions"] = {"timm_etf": __version__, "timm": timm.__version__, "torch": torch.__version__}
+        versions = {"timm_etf": __version__, "timm": timm.__version__, "torch": torch.__version__}
+        asked = {"models": self.inputs.models, "data": self.data, "precision": self.inputs.precision}
+        return {**asked, "versions": versions}
+
+    def record(self) -> dict[str, Any]:
+        """Settings, weights, notes and what is missing, for results.json."""
+        hashes: dict[str, list[str | None]] = {}
+        for number, sha256 in self.weights_sha256.items():
+            hashes.setdefault(self.candidates[number].label, []).append(sha256)
         return {
-            "settings": about,
-            "weights_sha256": self.weights_sha256,
+            "settings": self.settings(),
+            "weights_sha256": hashes,
             "notes": self.notes,
             "missing": self.missing,
         }
 
-    def _create(self, candidate: Candidate) -> nn.Module | None:
+    def _open(self) -> None:
+        for target in self._wanted:
+            problem = ""
+            try:
+                splits = open_splits(target)
+            except Exception as e:
+                problem = one_line(e)
+            if problem := any_problem(problem):
+                self.missing[target.name] = problem
+                continue
+            self.opened[target.name] = splits
+            if splits.target.test != target.test:
+                self.note(f"{target.name}: scored on its {splits.target.test} split, as it has no {target.test} split")
+
+    def _create(self, number: int) -> Loaded | None:
+        problem = ""
         try:
-            model = candidate.create().to(processes().device).eval()
-            file = candidate.weights_file()
-        except UsageError as e:
-            self.missing[candidate.label] = str(e)
+            loaded = self.candidates[number].create()
+            loaded.model.to(processes().device)
+            label, sha256 = self.candidates[number].label, loaded.weights_sha256
+            twins = [n for n, s in self.weights_sha256.items() if s == sha256 and self.candidates[n].label == label]
+            if sha256 and twins:
+                problem = f"its weights are those of {self.candidates[twins[0]].name}: one training counts once"
+        except Exception as e:
+            problem = one_line(e)
+        if problem := any_problem(problem):
+            self.missing[self.title(number)] = problem
             return None
-        self.weights_sha256.setdefault(candidate.label, []).append(file_sha256(file) if file else None)
-        return model
+        self.weights_sha256[number] = sha256
+        return loaded
 
     def _extract(
-        self, candidate: Candidate, model: nn.Module, weights: str | None, name: str, splits: Splits
+        self, number: int, model: nn.Module, made_from: dict[str, Any], splits: Splits
     ) -> dict[str, Path] | None:
-        folders = {}
+        name, started, folders = splits.target.name, time.perf_counter(), {}
         try:
-            for split, images in (("train", splits.train), ("test", splits.test)):
+            for split in self.splits:
+                images = getattr(splits, split)
+                if images is None:
+                    continue
                 folders[split] = extract(
                     model,
                     images,
                     self.inputs.features or self.inputs.out / "features",
+                    layers=self.layers,
                     precision=self.inputs.precision,
                     batch_size=self.inputs.batch_size,
                     workers=self.inputs.workers,
-                    weights=weights,
+                    made_from=made_from,
                 )
                 about = json.loads((folders[split] / "features.json").read_text(encoding="utf-8"))
                 if unreadable := about["unreadable"]:
-                    text = f"{name}: {len(unreadable)} images could not be read and were left out: {unreadable[0]}, ..."
-                    self.notes += [text] if text not in self.notes else []
-        except UsageError as e:
-            self.missing[f"{candidate.label}: {name}"] = str(e)
+                    self.note(
+                        f"{name}: {len(unreadable)} images could not be read and were left out: {unreadable[0]}, ..."
+                    )
+        except Exception as e:
+            self.missing[f"{self.title(number)}: {name}"] = one_line(e)
             return None
+        finally:
+            self.seconds += time.perf_counter() - started
         return folders
 
 

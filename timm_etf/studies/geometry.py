@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,15 @@ _MOST = 10_000
 """Samples for the differences between classes, which take their square."""
 
 
-def run(inputs: Inputs) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Inputs):
+    """Measure how collapsed features are: NC1 to NC4, CDNV, VCI, class covariance as heat map, trace and spectrum."""
+
+    data: tuple[str, ...]
+    """Data sets, as the targets of timm-etf transfer."""
+
+
+def run(settings: Settings) -> dict[str, Any]:
     """Measure every model on every data set and write the report, results.json and pictures.
 
     Under accelerate's launcher the processes share the features between them.
@@ -59,7 +68,7 @@ def run(inputs: Inputs) -> dict[str, Any]:
     Raises:
         UsageError: If the inputs are wrong, before anything is computed, or nothing at all could be computed.
     """
-    study = Study(inputs)
+    study = Study(settings, settings.data)
     found: dict[str, Any] = {}
     covariances: dict[str, dict[str, tuple[NDArray[np.float32], float]]] = {}
     for pair in study.pairs():
@@ -69,7 +78,7 @@ def run(inputs: Inputs) -> dict[str, Any]:
         covariances.setdefault(pair.data, {}).setdefault(pair.label, covariance)
     results = {"geometry": found, **study.record()}
     if processes().is_main_process:
-        write(inputs.out, results, as_markdown(results), lambda: _draw(covariances, inputs.out))
+        write(settings.out, results, as_markdown(results), lambda: _draw(covariances, settings.out))
     return results
 
 

@@ -1,7 +1,7 @@
 """`timm-etf random-features`: regression on random features of any model's features, simulated and in theory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,58 +16,69 @@ from timm_etf.processes import processes
 from timm_etf.report.page import closing, remarks, row, write
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What is varied.
+@dataclass(frozen=True, kw_only=True)
+class Settings(Inputs):
+    """Regress labels on random features of a model's features: test error, simulated and as theory predicts it."""
 
-    Attributes:
-        a2: Quadratic coefficients of sigma(t) = a2 t^2 + a1 t + a0.
-        num_features: Numbers N of random features.
-        gammas: Ridge penalties.
-        a1: Linear coefficient.
-        a0: Constant one.
-        draws: Simulations at each N.
-        samples: At most so many training and test images each, evenly spaced; time grows with their cube.
-        seed: Of the draws.
-    """
-
+    data: tuple[str, ...]
+    """Data sets, as the targets of timm-etf transfer."""
     a2: tuple[float, ...] = (0.0, 0.1, 0.5)
+    """Quadratic coefficients of the random features' sigma(t) = a2 t^2 + a1 t + a0."""
     num_features: tuple[int, ...] = (125, 250, 500, 1000, 2000, 4000)
+    """Numbers N of random features."""
     gammas: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Ridge penalties."""
     a1: float = 1.0
+    """Linear coefficient."""
     a0: float = 0.0
+    """Constant one."""
     draws: int = 10
+    """Simulations at each N."""
     samples: int = 1000
+    """At most so many training and test images each, evenly spaced; time grows with their cube."""
     seed: int = 0
+    """Seed of the draws."""
+
+    @property
+    def sweep(self) -> dict[str, Any]:
+        """What is varied, by option."""
+        return {k: getattr(self, k) for k in ("a2", "num_features", "gammas", "a1", "a0", "draws", "samples", "seed")}
+
+    def check(self) -> None:
+        """Refuse values that cannot work; see `Inputs.check`."""
+        super().check()
+        if not self.a2 or not self.num_features or not self.gammas:
+            raise UsageError("Give at least one a2, one number of features and one gamma.")
+        for option in ("a2", "gammas", "a1", "a0"):
+            if not np.isfinite(getattr(self, option)).all():
+                raise UsageError(f"--{option} must be finite.")
+        if min(self.gammas) <= 0 or min(self.num_features) < 1 or self.draws < 1 or self.samples < 2:
+            raise UsageError("Penalties, numbers of random features and draws are positive, samples at least 2.")
+        if 0 in self.a2 and self.a1 == 0:
+            raise UsageError("With a2 and a1 both 0 the random features do not depend on the image.")
 
 
-def run(inputs: Inputs, sweep: Sweep) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """Sweep every model on every data set and write the report, results.json and pictures.
 
     Returns:
         What is in results.json: for each data set and label the points of every training.
 
     Raises:
-        UsageError: If the inputs are wrong, before anything is computed, or nothing at all could be computed.
+        UsageError: If the settings are wrong, before anything is computed, or nothing at all could be computed.
     """
-    if not sweep.a2 or not sweep.num_features or not sweep.gammas:
-        raise UsageError("Give at least one a2, one number of features and one gamma.")
-    if min(sweep.gammas) <= 0 or min(sweep.num_features) < 1 or sweep.draws < 1 or sweep.samples < 2:
-        raise UsageError("Penalties, numbers of random features and draws are positive, samples at least 2.")
-    if 0 in sweep.a2 and sweep.a1 == 0:
-        raise UsageError("With a2 and a1 both 0 the random features do not depend on the image.")
-    study = Study(inputs)
+    study = Study(settings, settings.data)
     found: dict[str, dict[str, list[Any]]] = {}
     for pair in study.pairs():
-        points = points_of(pair, sweep) if processes().is_main_process else []
+        points = points_of(pair, settings) if processes().is_main_process else []
         found.setdefault(pair.data, {}).setdefault(pair.label, []).append(points)
-    results = {"random_features": found, "sweep": asdict(sweep), **study.record()}
+    results = {"random_features": found, "sweep": settings.sweep, **study.record()}
     if processes().is_main_process:
-        write(inputs.out, results, as_markdown(results), lambda: _draw(found, inputs.out))
+        write(settings.out, results, as_markdown(results), lambda: _draw(found, settings.out))
     return results
 
 
-def points_of(pair: Pair, sweep: Sweep) -> list[dict[str, Any]]:
+def points_of(pair: Pair, sweep: Settings) -> list[dict[str, Any]]:
     """Every point of the sweep on one model's features, the error in units of the test labels' variance."""
     splits = {"train": pair.splits.train, "test": pair.splits.test}
     (x, y), (x_test, y_test) = (sample(pair.folders[s], len(images), sweep.samples) for s, images in splits.items())

@@ -1,7 +1,7 @@
 """How well a backbone's features serve other data: extract them once, then probe, compare neighbours, fine-tune."""
 
 from timm_etf.data.catalogue import Target
-from timm_etf.data.images import open_splits, resolve
+from timm_etf.data.images import find_targets, open_splits
 from timm_etf.features.extract import Features, extract, features_of, load
 from timm_etf.transfer.few_shot import fewshot
 from timm_etf.transfer.fine_tuning import finetune
@@ -17,6 +17,7 @@ __all__ = [
     "extract",
     "features_of",
     "fewshot",
+    "find_targets",
     "finetune",
     "knn",
     "linear_probe",
@@ -24,5 +25,4 @@ __all__ = [
     "logistic_path",
     "open_splits",
     "paired_difference",
-    "resolve",
 ]

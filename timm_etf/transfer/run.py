@@ -1,39 +1,29 @@
 """`timm-etf transfer`: every model on every target under every protocol, each result written once it is there."""
 
+import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
-from timm_etf.atomic import atomic_file, file_sha256, write_json, write_text
-from timm_etf.data.images import Splits, open_splits, resolve
-from timm_etf.errors import UsageError
-from timm_etf.features.candidates import Candidate, parse_models
-from timm_etf.features.extract import (
-    PRE_LOGITS,
-    Features,
-    Layers,
-    Precision,
-    extract,
-    layer_names,
-    load,
-    weights_hash,
-)
+from timm_etf.atomic import atomic_file, write_json
+from timm_etf.errors import UsageError, one_line
+from timm_etf.features.extract import PRE_LOGITS, Features, Layers, layer_names, load
+from timm_etf.features.study import Inputs, Measured, Pair, Study
 from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.processes import exact_device, processes
+from timm_etf.report.page import closing, write
 from timm_etf.transfer.few_shot import SHOTS, fewshot
 from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS, Budget, finetune
 from timm_etf.transfer.neighbours import knn
@@ -41,48 +31,53 @@ from timm_etf.transfer.probe import linear_probe
 from timm_etf.transfer.report import Report, show
 from timm_etf.transfer.result import Result
 
-PROTOCOLS = ("probe", "knn", "finetune", "fewshot")
+Protocol = Literal["probe", "knn", "finetune", "fewshot"]
 
 _VERSION = 2
 """Raised when a protocol's numbers change; results of another version are computed again."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a comparison is.
+@dataclass(frozen=True, kw_only=True)
+class Settings(Inputs):
+    """Tell whether one backbone transfers better than another: tables with intervals, results.json, pictures.
 
-    Attributes:
-        models: Models, `[LABEL=]NAME[,ARGUMENT=VALUE...]`; the first label is what the others are compared with.
-        targets: Targets, see `targets.resolve`.
-        protocols: Some of `PROTOCOLS`.
-        seeds: Repetitions of what is random in a protocol: validation images, draws, fresh classifiers.
-        out: Folder of results and report.
-        data_root: Folder that `timm-etf data build` filled.
-        features: Folder of the feature cache; by default in `out`.
-        depths: Layers before the pre-logits to probe, too.
-        precision: Of the models' computations.
-        batch_size: Images per forward pass.
-        workers: Loader processes.
-        budget: Of a fine-tuning.
+    Run again, it computes only what is missing; a run that was stopped continues.
     """
 
-    models: tuple[str, ...]
     targets: tuple[str, ...]
-    protocols: tuple[str, ...]
-    out: Path
+    """Names (cifar10, flowers102, ...; or the suites offline, embedded, hub), image folders, folders of parquet files,
+    or Hub data set ids; each may have fields behind it, as in DATA,train=train_mini,metric=mean_per_class."""
+    protocols: tuple[Protocol, ...] = ("probe", "knn", "fewshot")
+    """How to measure."""
     seeds: int = 3
-    data_root: Path = Path("data")
-    features: Path | None = None
+    """Repetitions of what is random in a protocol: validation images, draws, fresh classifiers."""
     depths: int = 0
-    precision: Precision = "fp32"
-    batch_size: int = 256
-    workers: int = 2
-    budget: Budget = field(default_factory=Budget)
+    """Number of layers before the pre-logits to probe, too, evenly spaced."""
+    finetune_steps: int = Budget.steps
+    """Optimizer steps of each fine-tuning."""
+    finetune_batch_size: int = Budget.batch_size
+    """Images per step of it."""
+
+    @property
+    def budget(self) -> Budget:
+        """What every model gets for each of its fine-tunings."""
+        return Budget(self.finetune_steps, self.finetune_batch_size, self.workers)
+
+    def check(self) -> None:
+        """Refuse values that cannot work; see `Inputs.check`."""
+        super().check()
+        if not self.targets or not self.protocols:
+            raise UsageError("Give at least one model, one target and one protocol.")
+        for option, least in (("seeds", 1), ("depths", 0), ("finetune_steps", 1), ("finetune_batch_size", 1)):
+            if getattr(self, option) < least:
+                raise UsageError(f"--{option.replace('_', '-')} is at least {least}.")
+        if self.depths and "probe" not in self.protocols:
+            raise UsageError("--depths probes several layers: add probe to --protocols.")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One protocol on one target with one model: what it is filed under, and how to compute it."""
+    """One protocol on one target with one model: what it is filed under."""
 
     candidate: int
     target: str
@@ -90,7 +85,6 @@ class Job:
     seed: int
     path: Path
     key: str
-    compute: Callable[[], Result]
 
 
 def run(settings: Settings) -> Report:
@@ -105,208 +99,119 @@ def run(settings: Settings) -> Report:
     Raises:
         UsageError: If the settings are wrong, before anything is computed, or nothing at all could be computed.
     """
-    candidates = _check(settings)
-    targets, missing = resolve(settings.targets, settings.data_root)
-    state = processes()
-    started = time.perf_counter()
-    splits: dict[str, Splits] = {}
-    for target in targets:
-        try:
-            splits[target.name] = open_splits(target)
-        except UsageError as e:
-            missing[target.name] = str(e)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    work = _Work(settings, candidates, splits, state.device)
-    for number in range(len(candidates)):
-        work.prepare(number)
-    failed = {**missing, **work.missing}
-    mine = work.jobs[state.process_index :: state.num_processes]
-    bar = tqdm(mine, unit="job", leave=False, disable=None if state.is_main_process else True)
-    for job in bar:
-        bar.set_description(f"{candidates[job.candidate].label}: {job.target}, {job.protocol}")
-        _finish(job)
+    started, state = time.perf_counter(), processes()
+    uses_features = not set(settings.protocols) <= {"finetune"}
+    splits = ("train", "validation", "test") if uses_features else ()
+    study = Study(settings, settings.targets, splits=splits, layers=Layers(settings.depths))
+    jobs: list[Job] = []
+    collapsed: dict[tuple[int, str], dict[str, float]] = {}
+    for measured in study.measured():
+        for pair in measured.pairs:
+            if state.is_main_process and uses_features:
+                try:
+                    collapsed[measured.number, pair.data] = _collapse(pair)
+                except Exception as e:
+                    study.missing[f"{study.title(measured.number)}: {pair.data}, collapse"] = one_line(e)
+            lined_up = list(_line_up(settings, study, measured, pair))
+            jobs += [job for job, _ in lined_up]
+            mine = lined_up[state.process_index :: state.num_processes]
+            bar = tqdm(mine, unit="job", leave=False, disable=None if state.is_main_process else True)
+            for job, compute in bar:
+                bar.set_description(f"{pair.label}: {job.target}, {job.protocol}")
+                _finish(job, compute)
+    _features.cache_clear()
     state.wait_for_everyone()
-    results = {}
-    for job in work.jobs:
-        found = _read(job)
-        if isinstance(found, str):
-            failed[f"{candidates[job.candidate].label}: {job.target}, {job.protocol}"] = found
-        elif found is not None:
-            results[job.candidate, job.target, job.protocol, job.seed] = found
-            if fewer := found[0].chosen.get("classes_with_fewer"):
-                work.note(f"{job.target}, {job.protocol}: {fewer} classes have fewer training images and give all")
-    if not results:
-        reason = next(iter(failed.items()), ("", "no jobs"))
-        raise UsageError(f"Nothing could be computed: {reason[0]}: {reason[1]}")
-    report = Report(
-        candidates=candidates,
-        targets=[s.target for s in splits.values()],
-        results={k: r for k, (r, _) in results.items()},
-        seconds=_seconds(work.seconds, results),
-        missing=failed,
-        notes=work.notes,
-        collapse=work.collapse,
-        weights_sha256=work.weights_sha256,
-        settings=_about(settings, time.perf_counter() - started),
-    )
+    report = _report(settings, study, jobs, collapsed, time.perf_counter() - started)
     if state.is_main_process:
-        _write(report, settings.out)
+        write(settings.out, report.as_json(), report.as_markdown(), lambda: _draw(report, settings.out))
     return report
 
 
-def _check(settings: Settings) -> list[Candidate]:
-    if unknown := [p for p in settings.protocols if p not in PROTOCOLS]:
-        raise UsageError(f"No protocol {unknown[0]!r}: choose among {', '.join(PROTOCOLS)}.")
-    if not settings.models or not settings.targets or not settings.protocols:
-        raise UsageError("Give at least one model, one target and one protocol.")
-    for name in ("seeds", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is at least 1.")
-    if settings.depths < 0 or settings.workers < 0 or settings.budget.steps < 1 or settings.budget.batch_size < 1:
-        raise UsageError("--depths and --workers are at least 0, fine-tuning's steps and batch size at least 1.")
-    if settings.depths and "probe" not in settings.protocols:
-        raise UsageError("--depths probes several layers: add probe to --protocols.")
-    if settings.out.exists() and not settings.out.is_dir():
-        raise UsageError(f"{settings.out} is a file: choose another --out.")
-    return parse_models(settings.models)
+def _line_up(
+    settings: Settings, study: Study, measured: Measured, pair: Pair
+) -> Iterator[tuple[Job, Callable[[], Result]]]:
+    """Every job of a model on a target, and how to compute it."""
+    member = sum(c.label == pair.label for c in study.candidates[: measured.number])
+    folder = settings.out / "results" / pair.label / str(member) / pair.data
+    for protocol, rests_on, compute in _protocols(settings, measured, pair):
+        for seed in range(settings.seeds):
+            key = hashlib.sha256(json.dumps([_VERSION, protocol, seed, rests_on], default=str).encode()).hexdigest()
+            path = folder / f"{protocol.replace(' ', '-')}-seed{seed}.safetensors"
+            yield Job(measured.number, pair.data, protocol, seed, path, key), partial(compute, seed=seed)
 
 
-class _Work:
-    """Features extracted, and the jobs that rest on them."""
-
-    def __init__(
-        self, settings: Settings, candidates: list[Candidate], splits: dict[str, Splits], device: torch.device
-    ) -> None:
-        self.settings, self.candidates, self.splits, self.device = settings, candidates, splits, device
-        self.layers = Layers(settings.depths)
-        self.jobs: list[Job] = []
-        self.missing: dict[str, str] = {}
-        self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.collapse: dict[tuple[int, str], dict[str, float]] = {}
-        self.weights_sha256: dict[int, str] = {}
-
-    def prepare(self, number: int) -> None:
-        """Extract a candidate's features and line up its jobs."""
-        candidate = self.candidates[number]
-        try:
-            model = candidate.create().to(self.device)
-            if file := candidate.weights_file():
-                self.weights_sha256[number] = file_sha256(file)
-        except UsageError as e:
-            self.missing[candidate.label] = str(e)
-            return
-        weights = weights_hash(model)
-        for name, splits in self.splits.items():
-            try:
-                folders = self._extract(model, weights, splits)
-                self._line_up(number, name, splits, folders, weights)
-            except UsageError as e:
-                self.missing[f"{candidate.label}: {name}"] = str(e)
-
-    def _extract(self, model: nn.Module, weights: str, splits: Splits) -> list[Path]:
-        if set(self.settings.protocols) <= {"finetune"}:
-            return []
-        folder = self.settings.features or self.settings.out / "features"
-        started = time.perf_counter()
-        folders = [
-            extract(
-                model,
-                images,
-                folder,
-                layers=self.layers,
-                precision=self.settings.precision,
-                batch_size=self.settings.batch_size,
-                workers=self.settings.workers,
-                weights=weights,
-            )
-            for images in splits
-        ]
-        self.seconds["features"] = self.seconds.get("features", 0) + time.perf_counter() - started
-        return folders
-
-    def _line_up(self, number: int, name: str, splits: Splits, folders: list[Path], weights: str) -> None:
-        for folder in folders:
-            about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
-            if unreadable := about["unreadable"]:
-                self.note(f"{name}: {len(unreadable)} images could not be read and were left out: {unreadable[0]}, ...")
-        for seed in range(self.settings.seeds):
-            add = partial(self._add, number, name, seed)
-            options: dict[str, Any] = {"seed": seed, "device": exact_device(self.device)}
-            if "probe" in self.settings.protocols:
-                for layer in layer_names(folders[0]):
-                    protocol = "probe" if layer == PRE_LOGITS else f"probe at depth {layer}"
-                    add(protocol, folders, partial(_on_features, linear_probe, folders, layer, **options))
-            if "knn" in self.settings.protocols:
-                add("knn", folders, partial(_on_features, knn, folders, PRE_LOGITS, **options))
-            if "fewshot" in self.settings.protocols:
-                for shots in SHOTS:
-                    add(f"{shots}-shot", folders, partial(_few, folders, shots, **options))
-            if "finetune" in self.settings.protocols:
-                budget = self.settings.budget
-                grid = [LEARNING_RATES, WEIGHT_DECAYS]
-                rests_on = [weights, *(s.fingerprint for s in splits), asdict(budget), grid]
-                build = partial(_fresh, self.candidates[number])
-                add("finetune", rests_on, partial(finetune, build, splits, budget, seed=seed, device=self.device))
-        if folders and processes().is_main_process:
-            self.collapse[number, name] = _collapse(folders[0])
-
-    def note(self, text: str) -> None:
-        """Remember something for the report, once."""
-        self.notes += [text] if text not in self.notes else []
-
-    def _add(
-        self, number: int, target: str, seed: int, protocol: str, rests_on: list[Any], compute: Callable[[], Result]
-    ) -> None:
-        about = [_VERSION, protocol, seed, [r.name if isinstance(r, Path) else r for r in rests_on]]
-        key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()
-        label = self.candidates[number].label
-        member = sum(c.label == label for c in self.candidates[:number])
-        name = f"{protocol.replace(' ', '-')}-seed{seed}.safetensors"
-        path = self.settings.out / "results" / label / str(member) / target / name
-        self.jobs.append(Job(number, target, protocol, seed, path, key, compute))
+def _protocols(
+    settings: Settings, measured: Measured, pair: Pair
+) -> Iterator[tuple[str, list[Any], Callable[..., Result]]]:
+    """Names of the protocols on a pair, what their results rest on, and how to compute them with a seed."""
+    device = processes().device
+    folders = tuple(pair.folders.values())
+    names = [folder.name for folder in folders]
+    on = partial(partial, _on_features, folders, device=exact_device(device))
+    if "probe" in settings.protocols:
+        for layer in layer_names(folders[0]):
+            yield "probe" if layer == PRE_LOGITS else f"probe at depth {layer}", names, on(layer, linear_probe)
+    if "knn" in settings.protocols:
+        yield "knn", names, on(PRE_LOGITS, knn)
+    if "fewshot" in settings.protocols:
+        for shots in SHOTS:
+            yield f"{shots}-shot", names, partial(_few, folders, shots, device=exact_device(device))
+    if "finetune" in settings.protocols:
+        budget = settings.budget
+        grid = [budget.steps, budget.batch_size, LEARNING_RATES, WEIGHT_DECAYS]
+        rests_on = [measured.identity, *(s.fingerprint for s in pair.splits), grid]
+        build = partial(_fresh, measured.model)
+        yield "finetune", rests_on, partial(finetune, build, pair.splits, budget, device=device)
 
 
-def _collapse(folder: Path) -> dict[str, float]:
-    """Collapse metrics of the pre-logits in a folder, computed once."""
-    path = folder / "collapse.json"
+@lru_cache(maxsize=1)
+def _features(folders: tuple[Path, ...], layer: str) -> list[Features]:
+    """Features of a target's splits; the last ones stay in memory for the other jobs on them."""
+    return [load(folder, layer) for folder in folders]
+
+
+def _on_features(
+    folders: tuple[Path, ...], layer: str, protocol: Callable[..., Result], *, seed: int, device: torch.device
+) -> Result:
+    train, *validation, test = _features(folders, layer)
+    return protocol(train, test, *validation, seed=seed, device=device)
+
+
+def _few(folders: tuple[Path, ...], shots: int, *, seed: int, device: torch.device) -> Result:
+    train, *_, test = _features(folders, PRE_LOGITS)
+    return fewshot(train, test, shots, seed=seed, device=device)
+
+
+def _fresh(model: nn.Module, num_classes: int) -> nn.Module:
+    copied: Any = copy.deepcopy(model)
+    copied.reset_classifier(num_classes)
+    return copied
+
+
+def _collapse(pair: Pair) -> dict[str, float]:
+    """Collapse metrics of the pre-logits of a target's training images, computed once."""
+    path = pair.folders["train"] / "collapse.json"
     if not path.exists():
-        train: Features = load(folder)
+        train = _features(tuple(pair.folders.values()), PRE_LOGITS)[0]
         write_json(path, collapse(ClassMoments.of(train.x, train.y)))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _on_features(protocol: Callable[..., Result], folders: list[Path], layer: str, **options: Any) -> Result:
-    train, *validation, test = (load(folder, layer) for folder in folders)
-    return protocol(train, test, *validation, **options)
-
-
-def _few(folders: list[Path], shots: int, **options: Any) -> Result:
-    return fewshot(load(folders[0]), load(folders[-1]), shots, **options)
-
-
-def _fresh(candidate: Candidate, num_classes: int) -> nn.Module:
-    model: Any = candidate.create()
-    model.reset_classifier(num_classes)
-    return model
-
-
-def _finish(job: Job) -> None:
+def _finish(job: Job, compute: Callable[[], Result]) -> None:
     """Compute a job and file its result, unless it is there."""
     if isinstance(_read(job), tuple):
         return
     started = time.perf_counter()
-    job.path.parent.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"key": job.key}
     try:
-        result = job.compute()
+        result = compute()
         arrays: dict[str, Any] = {"correct": result.correct, "y": result.y}
         about |= {"features": result.features, "chosen": result.chosen}
-    except UsageError as e:
+    except Exception as e:
         arrays = {"correct": np.zeros(0, np.float32), "y": np.zeros(0, np.int64)}
-        # A loader's worker passes its error on with a traceback before it.
-        about["problem"] = str(e).strip().splitlines()[-1].removeprefix("timm_etf.errors.UsageError: ")
+        about["problem"] = one_line(e)
     about["seconds"] = round(time.perf_counter() - started, 2)
+    job.path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(job.path) as new:
         save_file(arrays, new, metadata={"about": json.dumps(about)})
 
@@ -326,34 +231,49 @@ def _read(job: Job) -> tuple[Result, float] | str | None:
         return None
 
 
-def _seconds(extraction: dict[str, float], results: dict[Any, tuple[Result, float]]) -> dict[str, float]:
-    seconds = dict(extraction)
-    for (_, _, protocol, _), (_, spent) in results.items():
-        seconds[protocol] = seconds.get(protocol, 0) + spent
-    return {k: round(v, 1) for k, v in seconds.items()}
+def _report(
+    settings: Settings,
+    study: Study,
+    jobs: list[Job],
+    collapsed: dict[tuple[int, str], dict[str, float]],
+    seconds_of_this_call: float,
+) -> Report:
+    """Read what all processes and earlier calls have filed."""
+    results: dict[tuple[int, str, str, int], Result] = {}
+    seconds = {"features": study.seconds} if study.seconds else {}
+    for job in jobs:
+        found = _read(job)
+        if isinstance(found, str):
+            study.missing[f"{study.title(job.candidate)}: {job.target}, {job.protocol}"] = found
+        elif found is not None:
+            result, spent = found
+            results[job.candidate, job.target, job.protocol, job.seed] = result
+            seconds[job.protocol] = seconds.get(job.protocol, 0) + spent
+            if fewer := result.chosen.get("classes_with_fewer"):
+                study.note(f"{job.target}, {job.protocol}: {fewer} classes have fewer training images and give all")
+    if not results:
+        study.refuse_nothing()
+    about = study.settings()
+    about["targets"] = about.pop("data")
+    about |= {k: getattr(settings, k) for k in ("protocols", "seeds", "depths")}
+    about["budget"] = {"steps": settings.finetune_steps, "batch_size": settings.finetune_batch_size}
+    return Report(
+        candidates=study.candidates,
+        targets=[s.target for s in study.opened.values()],
+        results=results,
+        seconds={k: round(v, 1) for k, v in seconds.items()},
+        missing=study.missing,
+        notes=study.notes,
+        collapse=collapsed,
+        weights_sha256={k: v for k, v in study.weights_sha256.items() if v},
+        settings={**about, "seconds_of_this_call": round(seconds_of_this_call, 1)},
+    )
 
 
-def _about(settings: Settings, seconds: float) -> dict[str, Any]:
-    from timm_etf import __version__
+def _draw(report: Report, out: Path) -> dict[str, str]:
+    from timm_etf.transfer import plots
 
-    about = {
-        k: v for k, v in asdict(settings).items() if k not in ("out", "features", "data_root", "batch_size", "workers")
-    }
-    about["versions"] = {"timm_etf": __version__, "timm": timm.__version__, "torch": torch.__version__}
-    about["seconds_of_this_call"] = round(seconds, 1)
-    return about
-
-
-def _write(report: Report, out: Path) -> None:
-    """Write results.json, report.md and, where matplotlib is installed, the pictures."""
-    write_json(out / "results.json", report.as_json())
-    text = report.as_markdown()
-    if find_spec("matplotlib"):
-        from timm_etf.transfer import plots
-
-        pictures = plots.draw(report, out)
-        text += "\n".join(["", *(f"![{title}]({name})\n" for name, title in pictures.items())])
-    write_text(out / "report.md", text)
+    return plots.draw(report, out)
 
 
 def summary(report: Report, out: Path) -> str:
@@ -369,9 +289,5 @@ def summary(report: Report, out: Path) -> str:
             difference = show(report.difference(label, complete, protocol))
             parts.append(f"{label} - {report.labels[0]}: {difference}, {report.tally(label, complete, protocol)} w/t/l")
         lines.append(f"{protocol}, mean of {len(complete)} targets: " + "; ".join(parts))
-    if report.missing:
-        lines.append(f"missing: {len(report.missing)}, such as {' ('.join(next(iter(report.missing.items())))})")
-    lines.append(f"report:  {out / 'report.md'}")
-    if (out / "transfer.png").exists():  # without matplotlib there is none
-        lines.append(f"picture: {out / 'transfer.png'}")
+    lines += closing(out, report.missing, "transfer.png")
     return "\n".join(lines)

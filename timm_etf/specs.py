@@ -1,0 +1,63 @@
+"""`NAME,argument=value,...`: how a command line names a model or a data set with its arguments."""
+
+import ast
+from typing import Any
+
+from timm_etf.errors import UsageError
+
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None}
+
+
+def split(spec: str) -> tuple[str, dict[str, str]]:
+    """What is named, and its arguments as text; commas and equals signs inside brackets and quotes separate nothing.
+
+    Raises:
+        UsageError: If an argument is not NAME=VALUE.
+
+    Example:
+        >>> split("resnet10t,channels=(32, 64),pretrained=False")
+        ('resnet10t', {'channels': '(32, 64)', 'pretrained': 'False'})
+    """
+    parts: list[str] = []
+    waiting: list[str] = []
+    start = 0
+    characters = enumerate(spec)
+    for at, character in characters:
+        quoted = bool(waiting) and waiting[-1] in "'\""
+        if quoted and character == "\\":
+            next(characters, None)
+        elif waiting and character == waiting[-1]:
+            waiting.pop()
+        elif quoted:
+            continue
+        elif character in _BRACKETS:
+            waiting.append(_BRACKETS[character])
+        elif character in "'\"" and parts and "=" in spec[start:at]:  # an apostrophe in a folder's name opens nothing
+            waiting.append(character)
+        elif character == "," and not waiting:
+            parts.append(spec[start:at])
+            start = at + 1
+    first, *rest = [*parts, spec[start:]]
+    arguments = {}
+    for part in rest:
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{part!r} in {spec!r} is no argument: write NAME,argument=value.")
+        arguments[name] = value
+    return first, arguments
+
+
+def value(text: str) -> Any:
+    """A Python literal, yes or no in any spelling, or the text itself.
+
+    Example:
+        >>> value("1e-3"), value("no"), value("(3, 4)"), value("mlp")
+        (0.001, False, (3, 4), 'mlp')
+    """
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
