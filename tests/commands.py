@@ -1,4 +1,4 @@
-"""Commands of this package as real processes, without the seconds that importing torch and timm takes.
+"""Commands and pieces of code as real processes, without the seconds that importing torch and timm takes.
 
 A server process imports the package once and forks: each command is a process of its own, in its own session and
 process group, with its own environment, working directory, file descriptors, signals and exit status. What is read
@@ -27,11 +27,12 @@ _server.set_forkserver_preload(
 
 
 class Command:
-    """A running `timm-etf ARGUMENTS`, with the methods of `subprocess.Popen` that tests use."""
+    """A running `timm-etf ARGUMENTS`, or `python -c CODE ARGUMENTS`, with the methods of `subprocess.Popen`."""
 
     def __init__(
         self,
         *arguments: object,
+        code: str = "",
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         largest_file: int = resource.RLIM_INFINITY,
@@ -40,7 +41,7 @@ class Command:
         self._output = tempfile.mkdtemp(prefix="timm_etf-command-")
         weakref.finalize(self, shutil.rmtree, self._output)
         self._process: Any = _server.Process(
-            target=_main, args=(self.args, dict(env or {}), str(cwd or Path.cwd()), self._output, largest_file)
+            target=_main, args=(code, self.args, dict(env or {}), str(cwd or Path.cwd()), self._output, largest_file)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -123,7 +124,7 @@ def run_ranks(count: int, *arguments: object, timeout: float = 120, **options: A
     return [subprocess.CompletedProcess(c.args, c.poll(), c.stdout, c.stderr) for c in commands]
 
 
-def _main(arguments: list[str], env: dict[str, str], cwd: str, output: str, largest_file: int) -> None:
+def _main(code: str, arguments: list[str], env: dict[str, str], cwd: str, output: str, largest_file: int) -> None:
     """In the new process: become the command."""
     os.setsid()
     os.environ.update(env)
@@ -133,7 +134,10 @@ def _main(arguments: list[str], env: dict[str, str], cwd: str, output: str, larg
         os.dup2(os.open(Path(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.argv = ["timm-etf", *arguments]
-    from timm_etf.cli import main
+    sys.argv = ["-c" if code else "timm-etf", *arguments]
+    if code:
+        exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
+    else:
+        from timm_etf.cli import main
 
-    main()
+        main()

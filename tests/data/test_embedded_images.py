@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import timm
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests import commands
 from tests.data.conftest import BUILD
 from timm_etf import UsageError
 from timm_etf.data import build_pictograms, build_targets
@@ -161,11 +161,10 @@ def test_a_second_call_changes_nothing(root: Path) -> None:
 
 
 def test_a_killed_build_leaves_no_half_folder_and_the_next_one_succeeds(root: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", BUILD, str(tmp_path)], stderr=subprocess.DEVNULL)
+    process = commands.Command(tmp_path, code=BUILD)
     while process.poll() is None and not any(tmp_path.glob(".*pictograms*/train")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert not (tmp_path / "pictograms").exists()
     assert list(tmp_path.iterdir())
     build_pictograms(tmp_path)

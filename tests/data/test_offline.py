@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import stat
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests import commands
 from timm_etf import UsageError
 from timm_etf.data import build_offline
 from timm_etf.data.build.duplicates import without_copies
@@ -245,13 +245,8 @@ def test_the_wheel_of_animals_is_only_read(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_is_missing_and_what_is_next(npm: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from timm_etf.cli import main; main()", "data", "build", "offline", "--root", "here"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    path = {"PATH": os.environ["PATH"]}  # with the fixture's npm in it
+    done = commands.run("data", "build", "offline", "--root", "here", cwd=tmp_path, env=path, check=True)
     assert "not built: fashion-mnist: needs apt-cache" in done.stdout
     assert "next: timm-etf transfer" in done.stdout
     assert (tmp_path / "here" / "icons-400" / "train").is_dir()

@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 
+from tests import commands
 from timm_etf import UsageError
 from timm_etf.data.images import Splits
 from timm_etf.features.extract import Layers, layer_names
@@ -166,17 +166,9 @@ def test_two_processes_read_each_image_once_and_find_the_same(
 ) -> None:
     import ast
 
-    alone = extract(net, splits.train, tmp_path / "alone", workers=0)
-    script, shared = tmp_path / "two.py", tmp_path / "shared"
+    alone, shared = extract(net, splits.train, tmp_path / "alone", workers=0), tmp_path / "shared"
     shared.mkdir()
-    script.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run(
-        [*command, str(images), str(shared)],
-        check=True,
-        timeout=120,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
+    commands.run_ranks(2, images, shared, code=TWO)
     seen = [(shared / f"seen{r}.txt").read_text().split(" ", 1) for r in range(2)]
     assert {name for name, _ in seen} == {alone.name}
     parts = [ast.literal_eval(text) for _, text in seen]

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import commands
 from timm_etf import UsageError, frames
 from timm_etf.geometry import ClassMoments, class_covariance, collapse, covariance_differences, merged, spectrum
 from timm_etf.geometry.metrics import CollapseMetrics, NearestMeanAgreement
@@ -244,10 +243,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     y = np.sort(rng.integers(0, 7, 150))
     x = (rng.normal(size=(7, 9))[y] + rng.normal(size=(150, 9))).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=x, y=y)
-    (tmp_path / "two.py").write_text(TWO)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py", "data.npz"]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done, _ = commands.run_ranks(2, tmp_path / "data.npz", code=TWO)
     found, agreement = json.loads(done.stdout.strip().splitlines()[-1])
     assert found == pytest.approx(by_definition(x.astype(np.float64), y), rel=1e-6)
     one = NearestMeanAgreement(ClassMoments.of(x, y, 8))
