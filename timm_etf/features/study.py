@@ -26,8 +26,8 @@ class Inputs:
     """Settings that all measuring verbs share; each verb's own are its command line."""
 
     models: tuple[str, ...]
-    """[LABEL=]NAME[,ARGUMENT=VALUE...]: any timm name, the folder of a run, or hf-hub:REPO. The first is what the
-    others are compared with; several under one label are trainings of one method."""
+    """[LABEL=]NAME[,ARGUMENT=VALUE...]: any timm name, the folder of a run, or hf-hub:REPO.
+    The first is what the others are compared with; several under one label are trainings of one method."""
     out: Path
     """Folder of the results and the report."""
     data_root: Path = Path("data")

@@ -45,8 +45,8 @@ class Settings(Inputs):
     """
 
     targets: tuple[str, ...]
-    """Names (cifar10, flowers102, ...; or the suites offline, embedded, hub), image folders, folders of parquet files,
-    or Hub data set ids; each may have fields behind it, as in DATA,train=train_mini,metric=mean_per_class."""
+    """Names (cifar10, ...), suites (offline, embedded, hub), folders of images or parquet files, or Hub data set ids.
+    Each may have fields behind it, as in DATA,train=train_mini,metric=mean_per_class."""
     protocols: tuple[Protocol, ...] = ("probe", "knn", "fewshot")
     """How to measure."""
     seeds: int = 3
