@@ -1,8 +1,9 @@
 """Commands and pieces of code as real processes, without the seconds that importing torch and timm takes.
 
 A server process imports the package once and forks: each command is a process of its own, in its own session and
-process group, with its own environment, working directory, file descriptors, signals and exit status. What is read
-while a library is imported (HF_HOME, HF_ENDPOINT) is the server's: tests of that start a Python instead.
+process group, with its own environment, working directory, file descriptors, signals and exit status. huggingface_hub
+reads its environment (HF_HOME, HF_ENDPOINT) when it is imported: a command that is given such a variable imports it
+and all that stands on it again.
 """
 
 import multiprocessing
@@ -24,6 +25,9 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["timm_etf.pretrain.loop", "timm_etf.transfer.run", "timm_etf.studies.geometry", "timm_etf.demo", "timm_etf.cli"]
 )
+
+
+_READ_THE_ENVIRONMENT = {"huggingface_hub", "accelerate", "datasets", "timm", "timm_etf"}
 
 
 class Command:
@@ -128,6 +132,9 @@ def _main(code: str, arguments: list[str], env: dict[str, str], cwd: str, output
     """In the new process: become the command."""
     os.setsid()
     os.environ.update(env)
+    if any(name.startswith("HF_") for name in env):
+        for module in [m for m in sys.modules if m.partition(".")[0] in _READ_THE_ENVIRONMENT]:
+            del sys.modules[module]
     os.chdir(cwd)
     for name, stream, number in (("out", sys.stdout, 1), ("err", sys.stderr, 2)):
         stream.flush()
