@@ -17,7 +17,7 @@ _BLOCK = 2048
 def class_covariance(moments: ClassMoments) -> Tensor:
     """The average within-class covariance, C = sum_k (n_k / n) C_k, float64 [D, D].
 
-    The paper's heat map (its figure 3); the trace beside it, over D, is `collapse(moments)["within"]`.
+    The heat map of arXiv 2402.18614, figure 3; the trace beside it, over D, is `collapse(moments)["within"]`.
 
     Example:
         >>> x, y = torch.tensor([[1.0, 0], [-1, 0], [5, 2], [5, -2]]), torch.tensor([0, 0, 1, 1])

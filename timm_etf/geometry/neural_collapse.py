@@ -24,7 +24,7 @@ def collapse(moments: ClassMoments, weight: Tensor | None = None) -> dict[str, f
     - `cdnv` = mean over pairs of (v_i + v_j) / (2 |m_i - m_j|^2), v the mean squared distance to the class mean
       (Galanti, Gyoergy and Hutter 2022, arXiv 2112.15121).
     - `vci` = 1 - tr(pinv(S_W + S_B) S_B) / rank(S_B) (Xu and Liu 2023, arXiv 2306.03440).
-    - `within` = tr(S_W) / D, the paper's trace of the class covariance.
+    - `within` = tr(S_W) / D, the trace of the class covariance in arXiv 2402.18614.
     - `feature_norm` = mean norm of the features.
     - `effective_rank_within`, `effective_rank_between` = exp of the entropy of the covariance's normalised eigenvalues,
       from 1 to D (Roy and Vetterli 2007).

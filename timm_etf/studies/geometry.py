@@ -73,6 +73,10 @@ def run(settings: Settings) -> dict[str, Any]:
     covariances: dict[str, dict[str, tuple[NDArray[np.float32], float]]] = {}
     for pair in study.pairs():
         splits, covariance = measure(pair)
+        if "nc3" in splits["train"] and not pair.model.pretrained_cfg.get("label_names"):  # type: ignore[union-attr, operator]
+            study.note(
+                f"{pair.label} on {pair.data}: the model names no classes; they are taken to be the data's, in order"
+            )
         for split, metrics in splits.items():
             found.setdefault(pair.data, {}).setdefault(split, {}).setdefault(pair.label, []).append(metrics)
         covariances.setdefault(pair.data, {}).setdefault(pair.label, covariance)

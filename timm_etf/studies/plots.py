@@ -1,16 +1,21 @@
 """Pictures: class covariance side by side, and test error of random features over their number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from numpy.typing import NDArray
 
+from timm_etf.geometry import spectrum
 from timm_etf.report.style import COLOURS, STYLE, save
+
+Matrices = Mapping[str, NDArray[np.float32]]
 
 
 def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]], out: Path) -> str:
@@ -30,36 +35,41 @@ def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]
     with rc_context(STYLE):
         count = len(models)
         figure: Any = Figure(figsize=(1.2 + 2.4 * count + 3.4, 5.6), layout="constrained")
-        grid = figure.subplots(2, count + 1, width_ratios=[1] * count + [1.25], squeeze=False)
-        for row, relative in zip(grid, (False, True), strict=True):
-            scaled = {label: c / (total if relative else 1) for label, (c, total) in models.items()}
-            # The strongest half percent of entries, most of the diagonal, is one colour, or the rest would be white.
-            limit = max(np.quantile(np.abs(c), 0.995) for c in scaled.values()) or 1.0
-            for axis, (label, c) in zip(row, scaled.items(), strict=False):
-                order = np.argsort(-np.diag(c))
-                image = axis.imshow(c[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit)
-                value = (
-                    f"{np.trace(c) * 100:.1f} % within classes"
-                    if relative
-                    else f"tr C / D = {np.trace(c) / len(c):.3g}"
-                )
-                axis.set_title(f"{label}\n{value}")
-                axis.set_xticks([])
-                axis.set_yticks([])
-            figure.colorbar(image, ax=row[:count], shrink=0.8, pad=0.01)
-            row[0].set_ylabel("C / total variance" if relative else "class covariance C")
-            for number, (label, c) in enumerate(scaled.items()):
-                values = np.linalg.eigvalsh(c.astype(np.float64))[::-1]
-                shown = values > values[0] * 1e-9 if values[0] > 0 else values > 0
-                axis = row[count]
-                axis.loglog(
-                    np.arange(1, len(c) + 1)[shown], values[shown], color=COLOURS[number % len(COLOURS)], label=label
-                )
-            axis.set_title("eigenvalues of C" + (" / total variance" if relative else ""))
-            axis.grid(alpha=0.3)
-            axis.legend(frameon=False, fontsize=8)
+        plain, relative = figure.subplots(2, count + 1, width_ratios=[1] * count + [1.25], squeeze=False)
+        as_they_are = {label: c for label, (c, _) in models.items()}
+        image = _heat_maps(plain, as_they_are, lambda c: f"tr C / D = {np.trace(c) / len(c):.3g}")
+        figure.colorbar(image, ax=plain[:count], shrink=0.8, pad=0.01)
+        plain[0].set_ylabel("class covariance C")
+        _spectra(plain[count], as_they_are, "eigenvalues of C")
+        in_units = {label: c / total for label, (c, total) in models.items()}
+        image = _heat_maps(relative, in_units, lambda c: f"{np.trace(c) * 100:.1f} % within classes")
+        figure.colorbar(image, ax=relative[:count], shrink=0.8, pad=0.01)
+        relative[0].set_ylabel("C / total variance")
+        _spectra(relative[count], in_units, "eigenvalues of C / total variance")
         figure.suptitle(f"{data}: average class covariance, dimensions in order of their variance", fontsize=10)
         return save(figure, out / f"covariance-{data}.png")
+
+
+def _heat_maps(row: Any, matrices: Matrices, title: Callable[[NDArray[np.float32]], str]) -> Any:
+    # The strongest half percent of entries, most of the diagonal, is one colour, or the rest would be white.
+    limit = max(np.quantile(np.abs(c), 0.995) for c in matrices.values()) or 1.0
+    for axis, (label, c) in zip(row, matrices.items(), strict=False):
+        order = np.argsort(-np.diag(c))
+        image = axis.imshow(c[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set_title(f"{label}\n{title(c)}")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return image
+
+
+def _spectra(axis: Any, matrices: Matrices, title: str) -> None:
+    for (label, c), colour in zip(matrices.items(), cycle(COLOURS), strict=False):
+        values = spectrum(torch.from_numpy(c).double()).numpy()
+        shown = values > values[0] * 1e-9
+        axis.loglog(np.arange(1, len(c) + 1)[shown], values[shown], color=colour, label=label)
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
 
 
 def random_features(data: str, models: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], out: Path) -> str:
