@@ -1,12 +1,17 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.transfer.conftest import blobs
 from timm_etf import UsageError
-from timm_etf.transfer import Features, fewshot, knn, linear_probe
+from timm_etf.transfer import Features, Result, fewshot, knn, linear_probe
 from timm_etf.transfer.neighbours import vote
 from timm_etf.transfer.probe import STRENGTHS
 from timm_etf.transfer.result import validation_mask
@@ -42,11 +47,35 @@ def test_the_targets_own_validation_split_chooses() -> None:
 
 
 @pytest.mark.parametrize("protocol", [linear_probe, knn])
-def test_the_seed_is_the_validation_fifth(protocol: object) -> None:
+def test_the_seed_is_the_validation_fifth_and_nothing_else(protocol: Callable[..., Result]) -> None:
     train, test = blobs(90, seed=1, spread=2), blobs(300, seed=2, spread=2)
-    a, b = protocol(train, test, seed=3), protocol(train, test, seed=3)
-    assert (a.correct == b.correct).all()
-    assert a.chosen == b.chosen
+    by_seed = [protocol(train, test, seed=seed) for seed in range(6)]
+    for seed, found in enumerate(by_seed):
+        again = protocol(train, test, seed=seed)
+        assert (again.correct == found.correct).all()
+        assert again.chosen == found.chosen
+    by_choice = {tuple(found.chosen.values()): found for found in by_seed}
+    assert len(by_choice) > 1  # other validation images choose otherwise
+    for found in by_seed:  # and what was chosen is all that they decide
+        assert (found.correct == by_choice[tuple(found.chosen.values())].correct).all()
+    # Images that are named do not depend on a seed.
+    named = [protocol(train, test, blobs(60, seed=3, spread=2), seed=seed) for seed in (0, 1)]
+    assert (named[0].correct == named[1].correct).all()
+
+
+class _Float32Only(TorchDispatchMode):
+    """Fails where a tensor is made that Apple's GPUs cannot hold."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        assert getattr(found, "dtype", None) != torch.float64, func
+        return found
+
+
+@pytest.mark.parametrize("protocol", [linear_probe, knn, partial(fewshot, shots=5)])
+def test_no_protocol_needs_float64(protocol: Callable[..., Result]) -> None:
+    with _Float32Only():
+        protocol(blobs(90, seed=1), blobs(30, seed=2))
 
 
 def test_validation_fifth() -> None:

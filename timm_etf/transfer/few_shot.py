@@ -12,7 +12,7 @@ from timm_etf.transfer.result import Result
 SHOTS = (1, 5, 10)
 DRAWS = 10
 
-FEATURES = "less the mean of the few images, unit length"
+TREATMENT = "less the mean of the few images, unit length"
 STRENGTH = 1.0
 """lambda in sum of cross-entropies + lambda/2 |W|^2; fixed, because so few images can choose nothing."""
 
@@ -65,4 +65,6 @@ def fewshot(
         y = torch.from_numpy(train.y[rows]).to(device)
         weights = logistic_path(support, y, len(train.class_names), [STRENGTH])[0]
         correct += logits(queries, weights).argmax(1) == y_test
-    return Result((correct / draws).cpu().numpy(), test.y, FEATURES, {"draws": draws, "classes_with_fewer": len(fewer)})
+    return Result(
+        (correct / draws).cpu().numpy(), test.y, TREATMENT, {"draws": draws, "classes_with_fewer": len(fewer)}
+    )

@@ -13,7 +13,7 @@ NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURES = (0.02, 0.07, 0.2)
 """A neighbour of similarity s has exp(s / temperature) votes (Wu et al. 2018, arXiv 1805.01978)."""
 
-FEATURES = "unit length"
+TREATMENT = "unit length"
 
 _BLOCK = 1024
 
@@ -47,10 +47,10 @@ def knn(
     classes = len(both.class_names)
     settings = [(k, t) for k in NEIGHBOURS for t in TEMPERATURES if k <= int(fit.sum())]
     votes = vote(x[fit], y[fit], x[val], classes, settings)
-    scores = (votes == y[val]).double().mean(1)
-    k, temperature = settings[int(scores.argmax())]
+    right = (votes == y[val]).sum(1).cpu().numpy()
+    k, temperature = settings[int(right.argmax())]
     predicted = vote(x, y, x_test, classes, [(k, temperature)])[0].cpu().numpy()
-    return Result((predicted == test.y).astype(np.float32), test.y, FEATURES, {"k": k, "temperature": temperature})
+    return Result((predicted == test.y).astype(np.float32), test.y, TREATMENT, {"k": k, "temperature": temperature})
 
 
 def vote(x: Tensor, y: Tensor, queries: Tensor, num_classes: int, settings: Sequence[tuple[int, float]]) -> Tensor:

@@ -12,7 +12,7 @@ from timm_etf.transfer.result import Result, fit_and_validation
 STRENGTHS = tuple(np.logspace(-6, 5, 45).tolist())
 """Strengths tried, as in Kornblith et al. 2019: lambda in sum of cross-entropies + lambda/2 |W|^2, or 1/C."""
 
-FEATURES = "standardised with the training images' mean and deviation"
+TREATMENT = "standardised with the training images' mean and deviation"
 
 
 def linear_probe(
@@ -45,12 +45,12 @@ def linear_probe(
     fit, val = (torch.from_numpy(m).to(device) for m in (fitted, held))
     classes = len(both.class_names)
     path = logistic_path(x[fit], y[fit], classes, STRENGTHS)
-    scores = [(logits(x[val], w).argmax(1) == y[val]).double().mean().item() for w in path]
+    scores = [(logits(x[val], w).argmax(1) == y[val]).sum().item() for w in path]
     best = max(s for s, score in zip(STRENGTHS, scores, strict=True) if score == max(scores))
     del path, x
     x, x_test = (standardised(f.x, both.x, device=device) for f in (both, test))
     predicted = logits(x_test, logistic_path(x, y, classes, [best])[0]).argmax(1).cpu().numpy()
-    return Result((predicted == test.y).astype(np.float32), test.y, FEATURES, {"strength": best})
+    return Result((predicted == test.y).astype(np.float32), test.y, TREATMENT, {"strength": best})
 
 
 def standardised(x: NDArray[np.float32], reference: NDArray[np.float32], *, device: str | torch.device) -> Tensor:

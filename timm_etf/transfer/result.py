@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from timm_etf.data.catalogue import Metric
 from timm_etf.features.extract import Features
-from timm_etf.report.statistics import bootstrap
+from timm_etf.report.statistics import bootstrap, percentiles
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,19 @@ class Result:
     Attributes:
         correct: How often each test image was classified correctly, in [0, 1] (a mean over draws), float32 [n].
         y: Its class number, int64 [n].
-        features: Which features it rests on, in words.
+        treatment: What was done to the features, or how the model was trained, in words.
         chosen: Hyper-parameters that validation chose.
     """
 
     correct: NDArray[np.float32]
     y: NDArray[np.int64]
-    features: str
+    treatment: str
     chosen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def features(self) -> str:
+        """`treatment`, by its key in files."""
+        return self.treatment
 
     def accuracy(self, metric: Metric = "top1") -> float:
         """Accuracy in percent."""
@@ -33,10 +38,7 @@ class Result:
 
     def interval(self, metric: Metric = "top1", *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
         """95 % percentile bootstrap interval of the accuracy over test images, in percent."""
-        low, high = np.percentile(
-            bootstrap(100 * self.correct * sample_weights(self.y, metric), draws, seed), [2.5, 97.5]
-        )
-        return float(low), float(high)
+        return percentiles(resampled(100 * self.correct, self.y, metric, draws=draws, seed=seed))
 
 
 def sample_weights(y: NDArray[np.int64], metric: Metric) -> NDArray[np.float64]:
@@ -47,6 +49,26 @@ def sample_weights(y: NDArray[np.int64], metric: Metric) -> NDArray[np.float64]:
     return len(y) / (np.count_nonzero(counts) * counts[y])
 
 
+def resampled(
+    values: NDArray[Any], y: NDArray[np.int64], metric: Metric, *, draws: int = 2000, seed: int = 0
+) -> NDArray[np.float64]:
+    """The metric of resampled test images.
+
+    For a mean per class, images are resampled within their classes: the classes and their sizes are the target's.
+
+    Args:
+        values: Of each test image, [n].
+        y: Its class number, [n].
+        metric: How the images count.
+        draws: Number of resamples.
+        seed: Seed of the draws.
+
+    Returns:
+        float64 of shape [draws].
+    """
+    return bootstrap(values, draws, seed, strata=y if metric == "mean_per_class" else None)
+
+
 def paired_difference(
     a: Result, b: Result, metric: Metric = "top1", *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
@@ -54,9 +76,9 @@ def paired_difference(
 
     Both models see the same resampled images, so what is common to them cancels.
     """
-    difference = 100 * (b.correct.astype(np.float64) - a.correct) * sample_weights(a.y, metric)
-    low, high = np.percentile(bootstrap(difference, draws, seed), [2.5, 97.5])
-    return float(difference.mean()), (float(low), float(high))
+    difference = 100 * (b.correct.astype(np.float64) - a.correct)
+    interval = percentiles(resampled(difference, a.y, metric, draws=draws, seed=seed))
+    return float((difference * sample_weights(a.y, metric)).mean()), interval
 
 
 def validation_mask(y: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
