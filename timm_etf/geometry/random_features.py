@@ -1,7 +1,7 @@
 """Ridge regression on random features: simulated, and its test error as random-matrix theory predicts it.
 
-With linear random features (a2 = 0) the kernel does not see how the classes' covariances differ, which is the account of
-neural collapse in arXiv 2402.18614; with a quadratic part it does.
+With linear random features (a2 = 0) the kernel does not see how the classes' covariances differ, which is the account
+of neural collapse in arXiv 2402.18614; with a quadratic part it does.
 
 Legend: n training samples, m test samples, p features, N random features, k outputs.
 """
