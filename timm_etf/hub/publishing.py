@@ -24,9 +24,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from timm_etf.atomic import file_sha256
+from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError, first_line
 from timm_etf.hub.card import DATA_LICENSES, LOG, PICTURE, card, own_results
-from timm_etf.hub.load import WEIGHTS, locate
+from timm_etf.hub.load import locate
 
 _FROM_EXPORT = (WEIGHTS, "config.json", "results.json")
 _FROM_RUN = (LOG, DATA_LICENSES)
