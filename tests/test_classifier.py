@@ -9,7 +9,6 @@ import timm
 import torch
 from torch import nn
 
-import timm_etf
 from timm_etf import FixedClassifier, UsageError, fix_classifier, frames, free_classifier
 from timm_etf.classifier import fixed_classifiers
 
@@ -48,7 +47,9 @@ def test_free_keeps_logits_and_trains_again(name: str) -> None:
     x = torch.randn(2, 3, *net.pretrained_cfg["input_size"][1:])
     with torch.no_grad():
         fixed = net(x)
+        state = torch.get_rng_state()
         freed = free_classifier(net)(x)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(fixed, freed)
     head = net.get_classifier()
     assert isinstance(head, nn.Linear | nn.Conv2d)
@@ -219,7 +220,10 @@ def test_models_without_a_classifier_say_so() -> None:
         fix_classifier(timm.create_model("test_resnet", features_only=True))
     net = timm.create_model("test_resnet", num_classes=10)
     net.fc = nn.Bilinear(96, 96, 10)
-    with pytest.raises(UsageError, match="is a Bilinear"):
+    with pytest.raises(
+        UsageError,
+        match=r"is a torch\.nn\.modules\.linear\.Bilinear; only torch\.nn\.Linear",
+    ):
         fix_classifier(net)
 
 
@@ -234,6 +238,12 @@ def test_models_without_a_classifier_say_so() -> None:
         ({"logit_scale": float("inf")}, "logit_scale must be a positive number"),
         ({"logit_scale": "4"}, "logit_scale must be a positive number, got '4'"),
         ({"seed": 2**70}, "at most 64 bits"),
+        ({"seed": "3"}, "The seed of a frame is a whole number, got '3'"),
+        ({"seed": True}, "The seed of a frame is a whole number, got True"),
+        ({"seed": 1.0, "frame": "learned"}, "The seed of a frame is a whole number, got 1.0"),
+        ({"feature_norm": "yes"}, "feature_norm must be True or False, got 'yes'"),
+        ({"learn_scale": "no"}, "learn_scale must be True or False, got 'no'"),
+        ({"learn_scale": 0}, "learn_scale must be True or False, got 0"),
         ({"projector": "mlpp"}, "None, 'linear' or 'mlp'"),
         ({"frame": "learned", "learn_scale": True}, "leave out learn_scale"),
     ],
@@ -334,6 +344,16 @@ def test_learned_without_options_is_the_plain_model() -> None:
     assert frames.is_simplex(net.fc.weight)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.7])
+def test_learned_from_a_scaled_frame_takes_the_scale_once(factor: float) -> None:
+    net = fix_classifier(model(), seed=2, logit_scale=16.0, learn_scale=True)
+    with torch.no_grad():
+        net.fc.logit_scale.fill_(factor)
+    fix_classifier(net, "learned", logit_scale=8.0)
+    torch.testing.assert_close(net.fc.weight.double(), frames.simplex(10, 96, seed=2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(net.fc.plain_weight().double(), 8 * frames.simplex(10, 96, seed=2), atol=1e-5, rtol=0)
+
+
 def test_a_projector_widens_the_features_so_that_a_simplex_fits() -> None:
     net = fix_classifier(timm.create_model("test_resnet", num_classes=1000), projector="linear")
     assert net.fc.frame == "simplex"
@@ -360,7 +380,7 @@ def test_freeing_folds_the_learned_scale_and_refuses_a_projector() -> None:
     assert net.fc.scale == pytest.approx(5.1, abs=1e-4)
     x = torch.randn(2, 3, 64, 64)
     expected = net(x)
-    torch.testing.assert_close(free_classifier(net)(x), expected)
+    assert torch.equal(free_classifier(net)(x), expected)
     projected = fix_classifier(model(), projector="mlp")
     with pytest.raises(UsageError, match=r"reset_classifier\(num_classes\)"):
         free_classifier(projected)
@@ -373,6 +393,7 @@ def test_freeing_folds_the_learned_scale_and_refuses_a_projector() -> None:
 def test_a_frame_with_another_scale_loads_with_it() -> None:
     net, scaled = fix_classifier(model()), fix_classifier(model(), logit_scale=8.0)
     net.load_state_dict(scaled.state_dict())
+    assert net.fc.seed == 0
     assert net.fc.scale == pytest.approx(8, abs=1e-4)
     assert torch.equal(net.fc.weight, scaled.fc.weight)
 
@@ -388,10 +409,29 @@ def test_a_meta_model_costs_nothing_and_takes_weights() -> None:
     assert frames.is_simplex(small.fc.weight)
 
 
+@pytest.mark.parametrize(("name", "num_classes"), [("test_resnet", 10), ("test_resnet", 150), ("dla46_c", 10)])
+def test_a_meta_model_draws_its_frame_when_it_becomes_real(name: str, num_classes: int) -> None:
+    options = {"seed": 5, "logit_scale": 12.7, "feature_norm": True, "learn_scale": True}
+    real = fix_classifier(timm.create_model(name, num_classes=num_classes), **options).bfloat16().float()
+    with torch.device("meta"):
+        net = fix_classifier(timm.create_model(name, num_classes=num_classes), **options)
+    assert net.get_classifier().scale == 12.7
+    for other in (net.to_empty(device="cpu"), copy.deepcopy(net).to("meta").to_empty(device="cpu")):
+        head, made = other.get_classifier(), fix_classifier(real, **options).get_classifier()
+        assert torch.equal(head.weight, made.weight)
+        assert not head.bias.any()
+        assert (head.seed, head.scale) == (5, made.scale)
+    learned = timm.create_model(name, num_classes=num_classes).state_dict()
+    with pytest.raises(RuntimeError, match="so it cannot be this model's fixed classifier"):
+        net.load_state_dict(learned)
+
+
+def test_a_frame_without_a_seed_cannot_come_back_from_the_meta_device() -> None:
+    net = fix_classifier(model(), frames.nearest_simplex(torch.randn(10, 96))).to("meta")
+    with pytest.raises(UsageError, match=r"no seed to be drawn from again: load its weights .*assign=True"):
+        net.to_empty(device="cpu")
+
+
 def test_odd_weight_shapes_are_refused() -> None:
     with pytest.raises(UsageError, match=r"\[K, d\] or \[K, d, 1, 1\]"):
         FixedClassifier(torch.zeros(3, 4, 3, 3))
-
-
-def test_public_names() -> None:
-    assert all(hasattr(timm_etf, name) for name in timm_etf.__all__)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -48,6 +49,17 @@ def test_bad_arguments() -> None:
         coverage("gemma4_vit_167m_enc")
     with pytest.raises(UsageError, match="at least 2 classes"):
         coverage("resnet50", 1)
+
+
+def test_without_a_place_for_a_cache_the_table_is_the_same() -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": "/proc/nohome"}
+    code = "from timm_etf.cli import main; main()"
+    command = [sys.executable, "-c", code, "models", "test_res*"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("could not be kept") == 1
+    assert done.stdout == subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_command_prints_the_table() -> None:

@@ -1,6 +1,8 @@
 """Every published checkpoint: registered, complete, with its card, and what its hash says."""
 
 import json
+import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +17,7 @@ import timm_etf
 from tests.hub.conftest import client as client
 from tests.hub.conftest import server as server
 from tests.hub.loopback import Hub
-from timm_etf import FixedClassifier, UsageError, published
+from timm_etf import FixedClassifier, UsageError, hub, published
 from timm_etf.atomic import file_sha256
 from timm_etf.hub.card import card
 
@@ -79,6 +81,84 @@ def test_pretrained_answers_without_a_network(monkeypatch: pytest.MonkeyPatch) -
     assert (plain.num_classes, plain.pretrained_cfg["input_size"]) == (1000, (3, 176, 176))
     with pytest.raises(UsageError, match="No pretrained weights exist for resnet18_etf"):
         timm.create_model("resnet18_etf", pretrained=True)
+
+
+OPTIONS = {
+    "test_resnet_etf.plain": {"frame_seed": 7},
+    "test_resnet_etf.norm": {"feature_norm": True, "logit_scale": 12.5},
+    "test_resnet_etf.scale": {"logit_scale": 7.3, "global_pool": "max"},
+    "test_resnet_etf.learned_scale": {"learn_scale": True, "logit_scale": 3.0},
+    "test_resnet_etf.projector": {"projector": "mlp"},
+    "test_vit_etf.gaussian": {"frame": "gaussian", "frame_seed": 3},
+}
+
+RESTORED = """
+import sys, timm, timm_etf, torch
+folder = sys.argv[1]
+for name in sys.argv[2:]:
+    asked = torch.load(f"{folder}/{name}.pt")
+    local = f"local-dir:{folder}/timm_etf/published/{name}"
+    for net in (timm.create_model(name, pretrained=True), timm_etf.create_model(local, pretrained=True)):
+        with torch.no_grad():
+            assert torch.equal(net.eval()(asked["images"]), asked["logits"]), (name, net.get_classifier())
+        head = net.get_classifier()
+        assert repr(head) == asked["head"], (name, head)
+        assert not list(head.parameters())
+
+def fixed(tag, **options):
+    return timm.create_model(f"test_resnet_etf.{tag}", pretrained=True, **options).fc
+
+# What is asked for stands; what is not is as it was published.
+stored = fixed("norm").weight
+norm = fixed("norm", logit_scale=1.0)
+assert norm.feature_norm and abs(norm.scale - 1) < 1e-5 and torch.allclose(12.5 * norm.weight, stored, atol=1e-5)
+assert not fixed("norm", feature_norm=False).feature_norm
+assert torch.equal(fixed("norm", frame="simplex", frame_seed=9).weight, stored)
+learning = fixed("norm", learn_scale=True)
+assert torch.equal(learning.weight, stored) and learning.logit_scale.item() == 1 and learning.scale == 12.5
+# Another frame is another classifier: nothing of the published one is left in it.
+other = fixed("norm", frame="orthonormal", frame_seed=2)
+assert torch.equal(other.weight, timm_etf.frames.orthonormal(10, 96, seed=2).float()) and not other.feature_norm
+# So are other classes, and a backbone whose classifier was left out.
+assert fixed("norm", num_classes=7).frame == "simplex" and not fixed("norm", num_classes=7).feature_norm
+assert fixed("projector", num_classes=10).frame == "simplex"
+for wrong in ({"feature_norm": "yes"}, {"logit_scale": -1}):
+    try:
+        fixed("norm", **wrong)
+    except timm_etf.UsageError:
+        continue
+    raise AssertionError(wrong)
+"""
+
+
+def test_a_published_classifier_is_restored_with_every_option(tmp_path: Path) -> None:
+    package = tmp_path / "timm_etf"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "resnet10t*"))
+    for name, options in OPTIONS.items():
+        variant, _, tag = name.partition(".")
+        torch.manual_seed(0)
+        net = timm.create_model(variant, num_classes=10, **options).eval()
+        images = torch.randn(2, *net.pretrained_cfg["input_size"])
+        hub.export(net, package / "published" / name, tag=tag)
+        with torch.no_grad():
+            if "learn_scale" in options:
+                net.fc.logit_scale.fill_(1.3)
+                hub.export(net, package / "published" / name, tag=tag, overwrite=True)
+            features = net.forward_head(net.forward_features(images), pre_logits=True)
+            logits = features if "projector" in options else net(images)
+            head = net.get_classifier()
+            kept = FixedClassifier(
+                head.plain_weight(), bias=True, frame=head.frame, seed=head.seed, feature_norm=head.feature_norm
+            )
+        shown = "Identity()" if "projector" in options else repr(kept)
+        torch.save({"images": images, "logits": logits, "head": shown}, tmp_path / f"{name}.pt")
+    source = (package / "published" / "__init__.py").read_text()
+    names = f"NAMES = {tuple(OPTIONS)!r}"
+    (package / "published" / "__init__.py").write_text(re.sub(r"NAMES = \(.*\)", names, source))
+    command = [sys.executable, "-c", RESTORED, str(tmp_path), *OPTIONS]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_onnx_gives_the_published_logits(tmp_path: Path) -> None:

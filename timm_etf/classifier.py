@@ -12,7 +12,14 @@ from timm_etf import frames
 from timm_etf.errors import UsageError
 from timm_etf.heads import FixedClassifier, Head, LearnedClassifier, Projector, plain_layer, projected_width
 
-__all__ = ["classifier_names", "fix_classifier", "fixed_classifiers", "free_classifier", "place", "placed"]
+__all__ = [
+    "classifier_names",
+    "fix_classifier",
+    "fixed_classifiers",
+    "free_classifier",
+    "replaced_classifiers",
+    "restore",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -56,13 +63,14 @@ def fix_classifier(
     Args:
         model: A model made by `timm.create_model` with `num_classes` >= 2; changed in place.
         frame: `"auto"`, a name in `timm_etf.frames.FRAMES`, or `"learned"` for the control: a trained classifier with
-            the same scale, normalisation and projector (with none of these a plain layer stays as it is). Or a simplex
-            ETF of your own, [K, d], such as `timm_etf.frames.nearest_simplex(class_means)`.
+            the same scale, normalisation and projector (with none of these a plain layer stays as it is). It starts
+            from the weight that is there, or from the unit directions of a frame. Or a simplex ETF of your own,
+            [K, d], such as `timm_etf.frames.nearest_simplex(class_means)`.
         seed: Seed of the frame's random rotation.
         logit_scale: Factor s > 0 of the logits, folded into the weight.
         feature_norm: Divide the features by their norm, so that the logits are s times cosines. This cannot be folded:
             plain timm then ranks the classes alike, with other confidences.
-        learn_scale: Learn a further factor of the logits, from 1 on.
+        learn_scale: Learn a further factor of the logits, from 1 on; exports fold it into the weight.
         projector: `"linear"` or `"mlp"`, between the features and the frame. It widens the features to K-1 (up to
             2,048), so that a simplex fits, and is left out of exports.
 
@@ -79,59 +87,149 @@ def fix_classifier(
         >>> model.fc
         FixedClassifier(in_features=96, out_features=10, bias=True, frame='simplex', seed=0, scale=16)
     """
+    _check_options(seed, logit_scale, feature_norm, learn_scale, projector)
+    shared: dict[str, Any] = {"feature_norm": feature_norm, "projector": projector}
+    new: dict[str, FixedClassifier | LearnedClassifier] = {}
+    if isinstance(frame, str) and frame == "learned":
+        if learn_scale:
+            raise UsageError("A learned classifier learns its scale by itself: leave out learn_scale.")
+        for name, head in _plain_heads(model):
+            if feature_norm or projector or logit_scale != 1 or isinstance(head, Head):
+                new[name] = _learned(head, logit_scale, **shared)
+    else:
+        for name, head in _plain_heads(model):
+            new[name] = _fixed(head, frame, seed, logit_scale, learn_scale=learn_scale, **shared)
+    return _set_classifiers(model, new)
+
+
+def restore(
+    model: nn.Module,
+    etf: Mapping[str, Any],
+    *,
+    weights_loaded: bool = True,
+    logit_scale: float | None = None,
+    feature_norm: bool | None = None,
+    learn_scale: bool = False,
+) -> nn.Module:
+    """Put back the fixed classifiers that the `etf` block of an exported model describes.
+
+    A model whose classifiers the block does not describe is left as it is: one with another number of classes, or a
+    backbone whose classifier was left out together with its projector.
+
+    Args:
+        model: Model of the plain architecture, as it was exported; changed in place.
+        etf: The block, with `frame`, `seed`, `num_classes`, `coherence`, `logit_scale`, `feature_norm` and `projector`.
+        weights_loaded: Whether the model holds the exported weights: their frame stays, bit for bit. Otherwise it is
+            drawn from the block's seed.
+        logit_scale: Another scale than the exported one.
+        feature_norm: Another normalisation than the exported one.
+        learn_scale: Learn a further factor of the logits, from 1 on; what was learned before is in the weight.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: If a classifier's weights are not the frame that the block promises, or an option is not one of
+            those of `fix_classifier`. The model is then unchanged.
+    """
+    if etf["projector"] is not None or getattr(model, "num_classes", 0) != etf["num_classes"]:
+        return model
+    seed, norm = etf["seed"], etf["feature_norm"] if feature_norm is None else feature_norm
+    scale = etf["logit_scale"] if logit_scale is None else logit_scale
+    if not weights_loaded:
+        seed = 0 if seed is None else seed  # a frame of unknown rotation is as good under any other
+        return fix_classifier(model, etf["frame"], seed, logit_scale=scale, feature_norm=norm, learn_scale=learn_scale)
+    _check_options(0, scale, norm, learn_scale, None)
+    new: dict[str, FixedClassifier | LearnedClassifier] = {}
+    for name, head in _plain_heads(model):
+        weight, bias = head.weight, head.bias
+        if (bias is not None and bias.any()) or not frames.matches(weight.flatten(1), etf["frame"], etf["coherence"]):
+            raise UsageError(
+                f"The etf block promises a fixed {etf['frame']} classifier, but the weights of {name!r} are not one. "
+                "Download or export the model again, or use timm.create_model to load it as it is."
+            )
+        if logit_scale is not None:
+            weight = weight * (logit_scale / weight[0].double().norm().item())
+        new[name] = FixedClassifier(
+            weight,
+            bias=bias is not None,
+            frame=etf["frame"],
+            seed=seed,
+            scale=scale,
+            feature_norm=norm,
+            learn_scale=learn_scale,
+        )
+    return _set_classifiers(model, new)
+
+
+def _check_options(seed: Any, logit_scale: Any, feature_norm: Any, learn_scale: Any, projector: Any) -> None:
+    if not hasattr(seed, "__index__") or isinstance(seed, bool):
+        raise UsageError(f"The seed of a frame is a whole number, got {seed!r}.")
     if not (isinstance(logit_scale, int | float) and 0 < logit_scale < math.inf):
         raise UsageError(f"logit_scale must be a positive number, got {logit_scale!r}.")
+    for option, value in (("feature_norm", feature_norm), ("learn_scale", learn_scale)):
+        if not isinstance(value, bool):
+            raise UsageError(f"{option} must be True or False, got {value!r}.")
     if projector not in (None, "linear", "mlp"):
         raise UsageError(f"Unknown projector {projector!r}: use None, 'linear' or 'mlp'.")
-    learned = isinstance(frame, str) and frame == "learned"
-    if learned and learn_scale:
-        raise UsageError("A learned classifier learns its scale by itself: leave out learn_scale.")
-    replaced: dict[str, FixedClassifier | LearnedClassifier] = {}
-    for name, head in _plain_heads(model):
-        num_classes = head.weight.shape[0]
-        dim = head.in_features if isinstance(head, Head) else head.weight.shape[1]
-        width = projected_width(projector, dim, num_classes)
-        shared: dict[str, Any] = {"feature_norm": feature_norm, "projector": projector, "in_features": dim}
-        shape = (num_classes, width, *head.weight.shape[2:])
-        if learned:
-            if feature_norm or projector or logit_scale != 1 or isinstance(head, Head):
-                weight = head.weight
-                if weight.shape != shape:
-                    weight = nn.init.trunc_normal_(weight.new_empty(shape), std=width**-0.5)
-                replaced[name] = LearnedClassifier(weight, head.bias, scale=logit_scale, **shared)
-            continue
-        if isinstance(frame, Tensor):
-            if frame.shape != shape[:2] or not frames.is_simplex(frame):
-                raise UsageError(f"A frame of your own must be a simplex ETF of shape {list(shape[:2])}.")
-            kind, w_KD = "simplex", torch.nn.functional.normalize(frame.double(), dim=1)
-        else:
-            kind = frames.resolve(frame, num_classes, width)
-            # On the meta device shapes are all that is wanted: nothing is computed.
-            w_KD = head.weight.new_empty(shape) if head.weight.is_meta else frames.make(kind, *shape[:2], seed=seed)
-        weight = (w_KD * logit_scale).to(device=head.weight.device, dtype=head.weight.dtype).reshape(shape)
-        replaced[name] = FixedClassifier(
-            weight,
-            bias=head.bias is not None,
-            frame=kind,
-            seed=None if isinstance(frame, Tensor) else seed,
-            learn_scale=learn_scale,
-            **shared,
-        )
-    return place(model, replaced)
 
 
-def place(model: nn.Module, classifiers: Mapping[str, FixedClassifier | LearnedClassifier]) -> nn.Module:
-    """Put classifiers into `model` by name; returns the model."""
-    for name, new in classifiers.items():
-        model.set_submodule(name, new)
-        _logger.info(f"Classifier {name}: {type(new).__name__}({new.extra_repr()})")
+def _fixed(
+    head: Any, frame: str | Tensor, seed: int, scale: float, projector: Projector | None, **options: Any
+) -> FixedClassifier:
+    """Fixed classifier for the place of `head`, on its device and of its dtype."""
+    dim, shape = _shape(head, projector)
+    if isinstance(frame, Tensor):
+        if frame.shape != shape[:2] or not frames.is_simplex(frame):
+            raise UsageError(f"A frame of your own must be a simplex ETF of shape {list(shape[:2])}.")
+        kind, w_KD = "simplex", torch.nn.functional.normalize(frame.double(), dim=1)
+    else:
+        kind = frames.resolve(frame, *shape[:2])
+        # On the meta device shapes are all that is wanted: nothing is computed.
+        w_KD = head.weight.new_empty(shape) if head.weight.is_meta else frames.make(kind, *shape[:2], seed=seed)
+    return FixedClassifier(
+        (w_KD * scale).to(device=head.weight.device, dtype=head.weight.dtype).reshape(shape),
+        bias=head.bias is not None,
+        frame=kind,
+        seed=None if isinstance(frame, Tensor) else int(seed),
+        scale=scale,
+        projector=projector,
+        in_features=dim,
+        **options,
+    )
+
+
+def _learned(head: Any, scale: float, projector: Projector | None, *, feature_norm: bool) -> LearnedClassifier:
+    """Trained classifier for the place of `head`, starting from its weight, or from the directions of its frame."""
+    dim, shape = _shape(head, projector)
+    weight = head.weight
+    if weight.shape != shape:
+        weight = nn.init.trunc_normal_(weight.new_empty(shape), std=shape[1] ** -0.5)
+    elif isinstance(head, FixedClassifier):  # whose weight holds a scale
+        weight = torch.nn.functional.normalize(weight, dim=1)
+    return LearnedClassifier(
+        weight, head.bias, scale=scale, feature_norm=feature_norm, projector=projector, in_features=dim
+    )
+
+
+def _shape(head: Any, projector: Projector | None) -> tuple[int, tuple[int, ...]]:
+    """Width of the features that enter the classifier at `head`'s place, and the shape of its weight."""
+    num_classes, width, *kernel = head.weight.shape
+    dim = head.in_features if isinstance(head, Head) else width
+    return dim, (num_classes, projected_width(projector, dim, num_classes), *kernel)
+
+
+def _set_classifiers(model: nn.Module, new: Mapping[str, FixedClassifier | LearnedClassifier]) -> nn.Module:
+    for name, classifier in new.items():
+        model.set_submodule(name, classifier)
+        _logger.info(f"Classifier {name}: {type(classifier).__name__}({classifier.extra_repr()})")
     # Under DistributedDataParallel rank 0 would send the frame, 8 MB at 1,000 x 2,048, before every forward pass.
     model._ddp_params_and_buffers_to_ignore = _FrameBuffers(model)  # type: ignore[assignment]
     return model
 
 
 class _FrameBuffers:
-    """Names of a model's frames, for DistributedDataParallel to leave alone: every process has the same.
+    """State-dict names of a model's frames, which DistributedDataParallel need not send: every process has the same.
 
     They are looked up when a model is wrapped: under a classifier that `reset_classifier` or `free_classifier` has put
     there since, the same names are parameters, whose gradients must be exchanged.
@@ -181,7 +279,7 @@ def fixed_classifiers(model: nn.Module) -> Iterator[tuple[str, FixedClassifier]]
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FixedClassifier))
 
 
-def placed(model: nn.Module) -> Iterator[tuple[str, FixedClassifier | LearnedClassifier]]:
+def replaced_classifiers(model: nn.Module) -> Iterator[tuple[str, FixedClassifier | LearnedClassifier]]:
     """Name and module of every classifier that this package put into `model`, fixed or learned."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, FixedClassifier | LearnedClassifier))
 
@@ -201,8 +299,9 @@ def _plain_heads(model: nn.Module) -> list[tuple[str, Any]]:
         is_conv1x1 = isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1
         if not (is_conv1x1 or isinstance(head, nn.Linear | Head)):
             raise UsageError(
-                f"The classifier {name!r} of {type(model).__name__} is a {type(head).__name__}; only nn.Linear and 1x1 "
-                "nn.Conv2d classifiers can be fixed."
+                f"The classifier {name!r} of {type(model).__name__} is a {type(head).__module__}."
+                f"{type(head).__name__}; only torch.nn.Linear and 1x1 torch.nn.Conv2d classifiers can be fixed: fix it "
+                "before the model is quantised or the layer exchanged."
             )
         found.append((name, head))
     return found

@@ -2,8 +2,10 @@
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 import timm
 import torch
@@ -107,14 +109,11 @@ def _classifiers(names: list[str]) -> dict[str, list[tuple[int, bool]]]:
     Only building a model tells them; on the meta device that costs a tenth of a second, so they are kept on disk for
     this version of timm.
     """
-    from huggingface_hub import cached_assets_path
     from tqdm import tqdm
 
-    path = cached_assets_path("timm_etf", "models", "classifiers") / f"timm-{timm.__version__}.json"
-    try:
-        known: dict[str, list[tuple[int, bool]]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known: dict[str, list[tuple[int, bool]]] = {}
+    with suppress(OSError, ValueError):  # no place for a cache, not yet there, or damaged
+        known = json.loads(_widths_file().read_text(encoding="utf-8"))
     missing = [name for name in names if name not in known]
     for name in tqdm(missing, desc="reading architectures", unit="model", delay=2, mininterval=0.5, leave=False):
         with torch.device("meta"):
@@ -122,11 +121,17 @@ def _classifiers(names: list[str]) -> dict[str, list[tuple[int, bool]]]:
         known[name] = [(head.in_features, head.bias is not None) for _, head in fixed_classifiers(model)]
     if missing:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, known)
-        except OSError as e:
-            _logger.warning(f"The widths of the classifiers could not be kept at {path} ({e}).")
+            write_json(_widths_file(), known)
+        except (OSError, ValueError) as e:  # ValueError: where the folder should be there is a file
+            _logger.warning(f"The widths of the classifiers could not be kept ({e}): HF_HOME says where.")
     return {name: [(width, bias) for width, bias in known[name]] for name in names}
+
+
+def _widths_file() -> Path:
+    from huggingface_hub import cached_assets_path
+
+    folder = cached_assets_path("timm_etf", "models", "classifiers")  # made here, if it was not there
+    return folder / f"timm-{timm.__version__}.json"
 
 
 def table(rows: list[Coverage], num_classes: int) -> str:

@@ -21,6 +21,9 @@ from huggingface_hub.errors import (
 from timm_etf.atomic import file_sha256
 from timm_etf.errors import UsageError, first_line
 
+WEIGHTS = "model.safetensors"
+"""The one file of weights that is written and read: never a pickle."""
+
 
 class MissingFile(UsageError):
     """The repository and revision exist, but hold no such file."""

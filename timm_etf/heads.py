@@ -1,10 +1,12 @@
 """The classifier modules: `FixedClassifier`, whose weight is a frame, and its trained control `LearnedClassifier`."""
 
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from timm_etf import frames
 from timm_etf.errors import UsageError
@@ -70,13 +72,17 @@ class FixedClassifier(Head):
     A state dict whose weight is not a frame of this kind is refused on load: a learned classifier would otherwise
     silently replace the frame.
 
+    On the meta device there is no frame yet: `to_empty` (by way of `reset_parameters`) draws it from its seed.
+
     Args:
         weight: Frame times logit scale, of shape [K, d], or [K, d, 1, 1] for a convolutional classifier.
         bias: Whether the plain layer had a bias; then a zero `bias` of shape [K] is kept.
         frame: Name of the frame, for the record.
         seed: Seed that the frame was drawn with, for the record; None where it is not known.
+        scale: Logit scale that the weight holds, for `reset_parameters`; by default the norm of its first row.
         feature_norm: Divide the features by their norm, so that the logits are s times cosines.
-        learn_scale: Multiply the logits by a learned factor as well, the parameter `logit_scale`, which starts at 1.
+        learn_scale: Multiply the weight by a learned factor as well, the parameter `logit_scale`, which starts at 1.
+            Its gradient costs as much as that of a trained weight.
         projector: `"linear"` or `"mlp"` (Linear 2048, BatchNorm, GELU, Linear): trained with the backbone and
             discarded at export.
         in_features: Width of the features; needed with a projector alone, whose output has the weight's width.
@@ -98,6 +104,7 @@ class FixedClassifier(Head):
         bias: bool = False,
         frame: str = "simplex",
         seed: int | None = None,
+        scale: float | None = None,
         feature_norm: bool = False,
         learn_scale: bool = False,
         projector: Projector | None = None,
@@ -106,6 +113,9 @@ class FixedClassifier(Head):
         super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
         self.frame = frame
         self.seed = seed
+        if scale is None:
+            scale = 1.0 if weight.is_meta else weight[0].double().norm().item()
+        self._made_scale = scale
         # Contiguous, because safetensors refuses anything else.
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", weight.new_zeros(weight.shape[0]) if bias else None)
@@ -113,25 +123,53 @@ class FixedClassifier(Head):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the features `x`: see the class for shapes."""
-        x = self._features(x)
-        if self.logit_scale is not None:
-            x = x * self.logit_scale
-        return self._product(x, self.weight)
+        # The learned factor goes into the weight and not into the features, so that an export, whose weight holds it,
+        # gives the same logits to the last bit.
+        weight = self.weight if self.logit_scale is None else self.weight * self.logit_scale
+        return self._product(self._features(x), weight)
 
     @property
     def scale(self) -> float:
-        """Logit scale s: the norm of the weight's rows (six digits), times the learned factor where there is one."""
-        learned = 1.0 if self.logit_scale is None else self.logit_scale.item()
-        return float(f"{self.weight.flatten(1).double().norm(dim=1).mean().item() * learned:.6g}")
+        """Logit scale s: the norm of the rows of `plain_weight()`, to six digits."""
+        if self.weight.is_meta:
+            return self._made_scale
+        return float(f"{self.plain_weight().flatten(1).double().norm(dim=1).mean().item():.6g}")
 
     @torch.no_grad()
     def plain_weight(self) -> Tensor:
         """The weight with which a plain layer gives these logits (with feature normalisation: logits in this ratio)."""
         return self.weight if self.logit_scale is None else self.weight * self.logit_scale
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the frame again, from the seed and with the scale that it was made with; a projector stays as it is.
+
+        Raises:
+            UsageError: If the seed is not known.
+        """
+        if self.seed is None:
+            raise UsageError(
+                f"This {self.frame} frame has no seed to be drawn from again: load its weights into the meta model "
+                "with load_state_dict(..., assign=True) instead of to_empty, or fix the classifier on the real device."
+            )
+        frame_KD = frames.make(self.frame, *self.weight.shape[:2], seed=self.seed)
+        self.weight.copy_((frame_KD * self._made_scale).reshape(self.weight.shape))
+        if self.bias is not None:
+            self.bias.zero_()
+        if self.logit_scale is not None:
+            self.logit_scale.fill_(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedClassifier":
+        """Move or convert the tensors, as every module does; a frame that leaves the meta device is drawn."""
+        was_meta = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.weight.is_meta:
+            self.reset_parameters()
+        return self
+
     def extra_repr(self) -> str:
         """What `print(model)` shows between the brackets."""
-        scale = "" if self.weight.is_meta else f", scale={self.scale:.3g}"
+        scale = f", scale={self.scale:.3g}"
         return f"{super().extra_repr()}, frame={self.frame!r}, seed={self.seed}{'' if scale == ', scale=1' else scale}"
 
     def _load_from_state_dict(
@@ -146,24 +184,37 @@ class FixedClassifier(Head):
     ) -> None:
         weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
         if weight is not None and weight.shape == self.weight.shape and not (weight.is_meta or self.weight.is_meta):
-            if not self.accepts(weight, bias):
+            if not self.adopt(weight, bias):
                 error_msgs.append(
                     f"{prefix}weight is no {self.frame} frame, so it cannot be this model's fixed classifier. For the "
                     "backbone of an ordinary checkpoint: load it into the plain architecture, then call "
                     "timm_etf.fix_classifier(model)."
                 )
                 return
-            if not torch.allclose(weight.float(), self.weight.to(weight.device).float(), rtol=1e-2, atol=1e-3):
-                self.seed = None  # the same kind of frame under another rotation: taken, but no longer this seed's
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def accepts(self, weight: Tensor, bias: Tensor | None = None) -> bool:
-        """Whether a stored weight (and bias) can be this classifier's: its kind of frame, at any rotation and scale."""
-        if bias is not None and bias.any():
+    @torch.no_grad()
+    def adopt(self, weight: Tensor, bias: Tensor | None = None) -> bool:
+        """Take a stored weight for this classifier's if it is one: its kind of frame, at any rotation and scale.
+
+        Args:
+            weight: Of this classifier's shape; otherwise it is not taken.
+            bias: Zero, or None; otherwise the weight is not taken.
+
+        Returns:
+            Whether the weight is now this one.
+        """
+        if weight.shape != self.weight.shape or (bias is not None and bias.any()):
             return False
-        return frames.matches(weight.flatten(1), self.frame, frames.coherence(self.weight[:1000].flatten(1)))
+        if not frames.matches(weight.flatten(1), self.frame, frames.coherence(self.weight[:1000].flatten(1))):
+            return False
+        stored, own = (F.normalize(w.float(), dim=1) for w in (weight, self.weight.to(weight.device)))
+        if not torch.allclose(stored, own, rtol=1e-2, atol=1e-3):
+            self.seed = None  # another rotation than this seed's
+        self.weight.copy_(weight)
+        return True
 
 
 class LearnedClassifier(Head):
@@ -239,12 +290,12 @@ def projected_width(projector: Projector | None, dim: int, num_classes: int) -> 
 
 def plain_layer(head: FixedClassifier) -> nn.Linear | nn.Conv2d:
     """An `nn.Linear` or 1x1 `nn.Conv2d` with a classifier's weights: the same logits, but for feature normalisation."""
-    layer = nn.Conv2d if head.is_conv else nn.Linear
+    layer: Any = nn.Conv2d if head.is_conv else nn.Linear
     kwargs: dict[str, Any] = {"kernel_size": 1} if head.is_conv else {}
-    with torch.device(head.weight.device):
-        plain = layer(head.in_features, head.out_features, bias=head.bias is not None, **kwargs).to(head.weight.dtype)
+    kwargs |= {"bias": head.bias is not None, "device": head.weight.device, "dtype": head.weight.dtype}
+    plain: nn.Linear | nn.Conv2d = skip_init(layer, head.in_features, head.out_features, **kwargs)
     with torch.no_grad():
         plain.weight.copy_(head.plain_weight())
-        if head.bias is not None:
-            plain.bias.copy_(head.bias)  # type: ignore[union-attr]
+        if plain.bias is not None:
+            plain.bias.zero_()
     return plain

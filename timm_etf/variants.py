@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from timm.models import get_pretrained_cfg, list_models, model_entrypoint, register_model
@@ -16,8 +17,9 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
 from timm_etf import published
-from timm_etf.classifier import fix_classifier, fixed_classifiers
+from timm_etf.classifier import fix_classifier, fixed_classifiers, restore
 from timm_etf.errors import UsageError
+from timm_etf.heads import Projector
 from timm_etf.whitening import whiten_resnet
 
 SUFFIX = "_etf"
@@ -64,41 +66,22 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
+        cfg, overlay, exported = _find_weights(
+            name, pretrained, pretrained_cfg, pretrained_cfg_overlay or {}, kwargs.get("cache_dir")
+        )
+        kwargs = {**exported.get("model_args", {}), **kwargs}
         head_args = {k: kwargs.pop(k) for k in HEAD_ARGS if k in kwargs} if fix else {}
         sw_args = kwargs.pop("sw_kwargs", None) or {} if whiten else {}
-        overlay = dict(pretrained_cfg_overlay or {})
-        if isinstance(pretrained_cfg, str):  # a tag: timm's own message where there is no such tag
-            pretrained_cfg = get_pretrained_cfg(f"{name}.{pretrained_cfg}")
-        elif not pretrained_cfg and pretrained and default_cfgs[name].is_pretrained:
-            # Without weights a variant is its base, with the base's input size and number of classes.
-            pretrained_cfg = default_cfgs[name].default
-        from_base = not pretrained_cfg
-        if from_base:
-            # An overlay and not a configuration of our own, and one that leaves the tag: some builders look at it.
-            overlay = {**NO_PROVENANCE, "architecture": name, **overlay}
-            del overlay["tag"]
-        known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg or PretrainedCfg())
-        if pretrained and not any({**known, **overlay}.get(k) for k in _SOURCES):
-            raise UsageError(
-                f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
-                f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
-            )
-        published_as, other_frame = f"{name}.{known.get('tag')}", False
-        if pretrained and published_as in published.NAMES and not any(overlay.get(k) for k in _SOURCES):
-            overlay["file"] = str(published.weights(published_as, kwargs.get("cache_dir")))
-            other_frame = head_args.get("frame", "auto") not in ("auto", published.config(published_as)["etf"]["frame"])
         if whiten and pretrained:
             # timm calls this between building the model and loading: the weights are those of the whitened model.
             kwargs["pretrained_filter_fn"] = lambda state_dict, built: (whiten_resnet(built, **sw_args), state_dict)[1]
-        model: Any = base(
-            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs
-        )
+        model: Any = base(pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
         if whiten and not pretrained:
             whiten_resnet(model, **sw_args)
-        if from_base:
+        if not cfg:
             model.pretrained_cfg.pop("tag", None)
         if fix and not kwargs.get("features_only") and getattr(model, "num_classes", 0) != 0:
-            _fix(model, pretrained and not other_frame, **head_args)
+            _fix(model, pretrained, exported.get("etf"), **head_args)
         return model
 
     variant.__name__ = variant.__qualname__ = name
@@ -112,16 +95,66 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
     return variant
 
 
-def _fix(model: nn.Module, pretrained: bool, frame_seed: int = 0, **head_args: Any) -> None:
-    """Fix the classifiers; loaded weights that were trained under such a frame keep it, bit for bit."""
-    weights = model.state_dict() if pretrained else {}
-    fix_classifier(model, seed=frame_seed, **head_args)
-    for head_name, fixed in fixed_classifiers(model):
-        loaded, bias = weights.get(f"{head_name}.weight"), weights.get(f"{head_name}.bias")
-        if loaded is not None and loaded.shape == fixed.weight.shape and fixed.accepts(loaded, bias):
-            if "logit_scale" in head_args:
-                loaded = loaded * (head_args["logit_scale"] / loaded[0].double().norm().item())
-            fixed.load_state_dict({"weight": loaded}, strict=False)
+def _find_weights(
+    name: str,
+    pretrained: bool,
+    tag_or_cfg: str | dict[str, Any] | PretrainedCfg | None,
+    overlay: dict[str, Any],
+    cache_dir: str | Path | None,
+) -> tuple[dict[str, Any] | PretrainedCfg | None, dict[str, Any], dict[str, Any]]:
+    """What a variant's base builder is to be given: its configuration (None: the base's own) and the overlay of it.
+
+    With them the config.json of published weights, empty for all others.
+    """
+    if isinstance(tag_or_cfg, str):  # timm's own message where there is no such tag
+        cfg: dict[str, Any] | PretrainedCfg | None = get_pretrained_cfg(f"{name}.{tag_or_cfg}")
+    else:
+        cfg = tag_or_cfg
+    if not cfg and pretrained and default_cfgs[name].is_pretrained:
+        # Without weights a variant is its base, with the base's input size and number of classes.
+        cfg = default_cfgs[name].default
+    if not cfg:
+        # An overlay and not a configuration of our own, and one that leaves the tag: some builders look at it.
+        inherited = {k: v for k, v in NO_PROVENANCE.items() if k != "tag"}
+        overlay = {**inherited, "architecture": name, **overlay}
+    if not pretrained:
+        return cfg, overlay, {}
+    known = cfg if isinstance(cfg, dict) else vars(cfg or PretrainedCfg())
+    if not any({**known, **overlay}.get(k) for k in _SOURCES):
+        raise UsageError(
+            f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
+            f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
+        )
+    published_as = f"{name}.{known.get('tag')}"
+    if published_as not in published.NAMES or any(overlay.get(k) for k in _SOURCES):
+        return cfg, overlay, {}
+    file = published.weights(published_as, cache_dir)
+    return cfg, {**overlay, "file": str(file)}, published.config(published_as)
+
+
+def _fix(
+    model: nn.Module,
+    pretrained: bool,
+    etf: dict[str, Any] | None,
+    frame: str = "auto",
+    frame_seed: int = 0,
+    projector: Projector | None = None,
+    **options: Any,
+) -> None:
+    """Fix a variant's classifiers; loaded weights that were trained under such a frame keep it, bit for bit."""
+    if etf and projector is None and frame in ("auto", etf["frame"]):
+        restore(model, etf, **options)
+        if any(fixed_classifiers(model)):
+            return
+    loaded = model.state_dict() if pretrained and not etf else {}
+    fix_classifier(model, frame, frame_seed, projector=projector, **options)
+    for name, fixed in fixed_classifiers(model):
+        weight = loaded.get(f"{name}.weight")
+        if weight is None:
+            continue
+        if "logit_scale" in options:
+            weight = weight * (options["logit_scale"] / weight[0].double().norm())
+        fixed.adopt(weight, loaded.get(f"{name}.bias"))
 
 
 def _register() -> None:

@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,16 +123,28 @@ def test_without_a_place_for_the_cache_the_code_is_still_made(
     assert "not cached" in caplog.text
 
 
-def test_a_kill_while_computing_leaves_no_cache_file(tmp_path: Path) -> None:
+KILLED = """
+import resource, signal
+from timm_etf import frames
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; now the kernel kills who writes more than the limit
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+frames.spherical_code(30, 7)
+print("survived")
+"""
+
+
+def test_a_kill_while_writing_leaves_nothing_that_is_taken_for_the_code(cache: Path, tmp_path: Path) -> None:
     env = os.environ | {"HF_ASSETS_CACHE": str(tmp_path)}
-    code = "from timm_etf import frames; print('go', flush=True); frames.spherical_code(21843, 768)"
-    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        process.kill()
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=env, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGXFSZ, killed.stderr
+    assert "survived" not in killed.stdout
+    [torn] = (p for p in cache.iterdir() if p.suffix != ".lock")  # it was killed half way through the file
+    assert torn.name.startswith(".")
+    assert torn.stat().st_size <= 500
+    assert codes.cached_coherence(30, 7) is None
+    w = frames.spherical_code(30, 7)
+    assert len([*cache.glob("spherical_code*.safetensors")]) == 1
+    assert codes.cached_coherence(30, 7) == pytest.approx(frames.coherence(w), abs=1e-6)
 
 
 def test_processes_that_want_one_code_share_it(tmp_path: Path) -> None:

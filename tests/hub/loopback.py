@@ -25,12 +25,13 @@ WRITE, READ = "hf_write", "hf_read"
 
 @dataclass
 class Repo:
-    """Files by name for every commit; refs are branches, tags and pull requests."""
+    """Files by name for every commit; refs are branches, tags and pull requests, `tags` says which are tags."""
 
     private: bool = False
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {}})
     refs: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
+    tags: set[str] = field(default_factory=set)
 
     def files(self, revision: str) -> dict[str, bytes] | None:
         return self.commits.get(self.refs.get(revision, revision))
@@ -135,6 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             (r"POST /api/models/([^/]+/[^/]+)/branch/(.+)", self._branch),
             (r"POST /api/models/([^/]+/[^/]+)/tag/(.+)", self._tag),
             (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
+            (r"GET /api/models/([^/]+/[^/]+)/refs", self._refs),
             (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
         ]
         for pattern, handle in routes:
@@ -207,6 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             tag = json.loads(self.body)["tag"]
             taken = tag in repo.refs
             repo.refs.setdefault(tag, repo.refs.get(revision, revision))
+            repo.tags.add(tag)
             self._json({}, 409 if taken else 200)
 
     # reading
@@ -222,6 +225,13 @@ class _Handler(BaseHTTPRequestHandler):
                     row["oid"] = etag(path, content)
                 rows.append(row)
             self._json(rows)
+
+    def _refs(self, name: str) -> None:
+        if repo := self._repo(name, "main"):
+            refs = [{"name": r, "ref": r, "targetCommit": commit} for r, commit in repo.refs.items()]
+            tags = [ref for ref in refs if ref["name"] in repo.tags]
+            branches = [ref for ref in refs if ref not in tags]
+            self._json({"branches": branches, "converts": [], "tags": tags})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         if not (repo := self._repo(name, revision)):

@@ -140,6 +140,41 @@ def test_what_the_hub_refuses_is_one_line_and_leaves_nothing_half(
         assert client(timm_etf_command, "publish", run, "org/name", "--yes", token=token).returncode == 0
 
 
+def test_a_tag_is_never_left_on_other_weights(
+    server: Hub, client: Client, run: Path, tmp_path: Path, timm_etf_command: str
+) -> None:
+    def publish(folder: Path, *options: str) -> str:
+        server.seen.clear()
+        done = client(timm_etf_command, "publish", folder, "org/name", "--yes", *options, token=WRITE)
+        assert (done.returncode == 2) == done.stderr.startswith("error"), done.stderr
+        return done.stderr.strip()
+
+    server.faults.append(Fault("/tag/", "500"))
+    assert "error 500" in publish(run, "--tag", "v1")  # the commit is there, its tag not yet
+    server.faults.clear()
+    for _ in range(2):  # the same command puts it there, and then has nothing left to do
+        assert not publish(run, "--tag", "v1")
+    refs = server.repos["org/name"].refs
+    first = refs["v1"]
+    assert first == refs["main"]
+
+    other = tmp_path / "other"
+    hub.export(timm.create_model("test_resnet_etf", num_classes=10, frame_seed=4), other)
+    for _ in range(2):
+        assert publish(other, "--tag", "v1") == (
+            "error: org/name already has a tag 'v1', on another commit, and nothing was sent: choose another tag, or "
+            "delete that one there."
+        )
+        assert not [line for line in server.seen if line.startswith(("POST", "PUT"))]
+        assert refs == {"main": first, "v1": first}
+    assert not publish(other, "--tag", "v2")
+    assert refs["v2"] == refs["main"] != first
+    assert "already has a tag 'v1'" in publish(other, "--tag", "v1")  # nothing new to upload, and still another commit
+    assert refs["v1"] == first
+    assert not publish(run, "--revision", "dev", "--tag", "v3")
+    assert refs["v3"] == refs["dev"]
+
+
 def test_a_server_that_stumbles_is_asked_again(server: Hub, client: Client, run: Path, timm_etf_command: str) -> None:
     server.faults += [Fault("PUT /lfs", "500", 1), Fault("objects/batch", "500", 1), Fault("/commit/", "500", 1)]
     done = client(timm_etf_command, "publish", run, "org/name", "--yes", token=WRITE)

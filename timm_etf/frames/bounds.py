@@ -151,26 +151,21 @@ def _check(num_classes: int, dim: int) -> None:
 
 
 def _largest_zero(dim: int, degree: int, a: int, b: int) -> float:
-    """Largest zero of the Jacobi polynomial with alpha = (d-3)/2 + a, beta = (d-3)/2 + b: Golub and Welsch 1969."""
-    if degree == 0:
-        return -1.0
-    alpha, beta = (dim - 3) / 2 + a, (dim - 3) / 2 + b
-    j = torch.arange(degree, dtype=torch.float64, device="cpu")
-    n = 2 * j + alpha + beta
-    diagonal = (beta**2 - alpha**2) / (n * (n + 2))
-    j, n = j[1:], n[1:]
-    squares = 4 * j * (j + alpha) * (j + beta) * (j + alpha + beta) / (n**2 * (n + 1) * (n - 1))
-    matrix = torch.diag(diagonal) + torch.diag(squares.sqrt(), 1) + torch.diag(squares.sqrt(), -1)
-    return torch.linalg.eigvalsh(matrix)[-1].item()
+    """Largest zero of the Jacobi polynomial with alpha = (d-3)/2 + a, beta = (d-3)/2 + b."""
+    from scipy.special import roots_jacobi
+
+    return float(roots_jacobi(degree, (dim - 3) / 2 + a, (dim - 3) / 2 + b)[0][-1]) if degree else -1.0
 
 
 def _levenshtein(dim: int, degree: int, s: float) -> float:
+    from scipy.special import eval_gegenbauer
+
+    def p(k: int) -> float:
+        return float(eval_gegenbauer(k, dim / 2 - 1, s) / eval_gegenbauer(k, dim / 2 - 1, 1.0))
+
     k = (degree + 1) // 2
-    p = [1.0, s]
-    for i in range(1, k + 1):
-        p.append(((2 * i + dim - 2) * s * p[i] - i * p[i - 1]) / (i + dim - 2))
     if degree % 2:
-        ratio = (p[k - 1] - p[k]) / ((1 - s) * p[k])
+        ratio = (p(k - 1) - p(k)) / ((1 - s) * p(k))
         return math.comb(k + dim - 3, k - 1) * ((2 * k + dim - 3) / (dim - 1) - ratio)
-    ratio = (1 + s) * (p[k] - p[k + 1]) / ((1 - s) * (p[k] + p[k + 1]))
+    ratio = (1 + s) * (p(k) - p(k + 1)) / ((1 - s) * (p(k) + p(k + 1)))
     return math.comb(k + dim - 2, k) * ((2 * k + dim - 1) / (dim - 1) - ratio)

@@ -79,18 +79,16 @@ def hadamard(num_classes: int, dim: int, *, seed: int = 0, dtype: torch.dtype = 
         >>> (hadamard(3, 4) * 2).int().tolist()
         [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1]]
     """
+    import scipy.linalg
+
     check(num_classes, dim)
     most = 2 ** math.ceil(math.log2(dim))
     if num_classes > most:
         raise UsageError(
             f"A Hadamard matrix cut to {dim} columns has {most} different rows, not {num_classes}: use 'auto'."
         )
-    # Entry (k, j) is -1 to the number of bits that k and j share; xor folds their parity into the lowest bit.
-    rows_K1 = torch.arange(num_classes, device="cpu").unsqueeze(1)
-    shared_KD = rows_K1 & torch.arange(dim, device="cpu")
-    for shift in (16, 8, 4, 2, 1):
-        shared_KD ^= shared_KD >> shift
-    return (1 - 2 * (shared_KD & 1)).double().div(math.sqrt(dim)).to(dtype)
+    signs_KD = torch.from_numpy(scipy.linalg.hadamard(most, "int8")[:num_classes, :dim])
+    return signs_KD.double().div(math.sqrt(dim)).to(dtype).contiguous()
 
 
 def cube(num_classes: int, dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

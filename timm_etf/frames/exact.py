@@ -141,12 +141,11 @@ def generator(seed: int) -> torch.Generator:
 
 
 def haar(dim: int, columns: int, seed: int) -> Tensor:
-    """Orthonormal columns [d, M], uniform on the Stiefel manifold (Haar): QR of a Gaussian draw, signs from R."""
+    """Orthonormal columns [d, M], uniform on the Stiefel manifold (Haar)."""
     # The device is named, so that building a model under `torch.device("meta")` still draws real numbers.
-    gaussian_DM = torch.randn(dim, columns, generator=generator(seed), dtype=torch.float64, device="cpu")
-    q_DM, r_MM = torch.linalg.qr(gaussian_DM)
-    # LAPACK leaves the sign of each column open; fixing it by R's diagonal is what makes the law Haar.
-    return q_DM * torch.sign(r_MM.diagonal())
+    u_DM = torch.empty(dim, columns, dtype=torch.float64, device="cpu")
+    torch.nn.init.orthogonal_(u_DM, generator=generator(seed))
+    return u_DM.T.contiguous().T  # column by column, as QR leaves it: a product with it is rounded by that order
 
 
 def _from_basis(v_DM: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from torch import nn
 
 from timm_etf import frames
 from timm_etf.atomic import atomic_folder, file_sha256, require_new_folder, write_json
-from timm_etf.classifier import classifier_names, fixed_classifiers, placed
+from timm_etf.classifier import classifier_names, fixed_classifiers, replaced_classifiers
+from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError
 from timm_etf.hub.card import write_card
-from timm_etf.hub.load import FORMAT, WEIGHTS
+from timm_etf.hub.load import FORMAT
 from timm_etf.variants import HEAD_ARGS, NO_PROVENANCE, base_name
 
 
@@ -53,7 +54,7 @@ def export(
         recipe: Training settings, recorded in config.json; JSON values.
         results: Measured numbers, written to results.json; the card is made from that file.
         half: Whether convolutions and linear layers are stored as float16, which halves the file; they are loaded as
-            float32. Classifiers, norms and statistics keep their precision.
+            float32. Classifiers, norms, statistics, positions and tokens keep their precision.
         overwrite: Whether a folder that is there already is replaced.
 
     Returns:
@@ -72,12 +73,12 @@ def export(
             "configuration cannot be written."
         )
     trained = model
-    if any(head.projector is not None for _, head in placed(model)):
+    if any(head.projector is not None for _, head in replaced_classifiers(model)):
         model = copy.deepcopy(model)
         model.reset_classifier(0)  # type: ignore[operator]
         label_names = None
     tensors = model.state_dict()
-    for name, head in placed(model):
+    for name, head in replaced_classifiers(model):
         tensors[f"{name}.weight"] = head.plain_weight()
         tensors.pop(f"{name}.logit_scale", None)
     with atomic_folder(folder) as new:
@@ -85,9 +86,10 @@ def export(
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         if half:
             heads = {f"{name}.weight" for name in classifier_names(model)} if model.num_classes else set()
-            tensors |= {
-                k: v.half() for k, v in tensors.items() if v.ndim > 1 and v.is_floating_point() and k not in heads
-            }
+            # By module: among other tensors are statistics, positions and tokens, which half precision would harm.
+            kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+            layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
+            tensors |= {k: tensors[k].half() for k in layers & tensors.keys() - heads}
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         etf = _etf_block(trained, file_sha256(new / WEIGHTS), recipe)
         write_json(new / "config.json", _config(model, new, tag, data_config, label_names, etf))

@@ -1,6 +1,9 @@
 """`create_model`: timm's, plus the frozen head that a published folder's `etf` block describes."""
 
 import json
+import math
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,12 @@ from torch import nn
 
 from timm_etf import frames
 from timm_etf.atomic import file_sha256
-from timm_etf.classifier import classifier_names, fix_classifier, place
-from timm_etf.download import MissingFile, download
+from timm_etf.classifier import restore
+from timm_etf.download import WEIGHTS, MissingFile, download
 from timm_etf.errors import UsageError, first_line
-from timm_etf.heads import FixedClassifier
 
 FORMAT = 1
 """Version of the `etf` block this package writes; it reads this one and older."""
-
-WEIGHTS = "model.safetensors"
-"""The one file of weights that is written and read: never a pickle."""
 
 
 @dataclass(frozen=True)
@@ -62,36 +61,27 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         The model.
 
     Raises:
-        UsageError: If the repository or folder cannot be read, is not one of timm's, holds pickled weights only or
-            weights of another hash, if its `etf` block is from a newer version, or if its classifier weight is not the
-            frame that the block promises.
+        UsageError: If the repository or folder cannot be read, is not one of timm's or timm cannot make the model of
+            it; if it holds pickled weights only, or weights of another hash; if its `etf` block is from a newer
+            version; if its weights are not finite, or its classifier's not the frame that the block promises.
     """
     if parse_model_name(model_name)[0] is None:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     located = locate(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir"))
-    model = timm.create_model(located.name, pretrained=pretrained, **kwargs)
-    etf = located.etf
-    if etf is None or kwargs.get("features_only") or getattr(model, "num_classes", 0) != etf["num_classes"]:
+    try:
+        model = timm.create_model(located.name, pretrained=pretrained, **kwargs)
+    except UsageError:
+        raise
+    except Exception as e:  # timm has many, for arguments and weights that do not fit
+        raise UsageError(
+            f"timm cannot make {model_name} ({textwrap.shorten(str(e), 300)}): check the arguments, or download or "
+            "export the model again."
+        ) from e
+    if located.etf is None:
         return model
-    if etf["projector"] is not None:  # it was left out, and the frame was not in the backbone's own features
-        return model
-    norm = etf["feature_norm"]
-    if not pretrained:
-        seed = etf["seed"] or 0  # a frame of unknown rotation is as good under any other
-        return fix_classifier(model, etf["frame"], seed, logit_scale=etf["logit_scale"], feature_norm=norm)
-    fixed = {}
-    for name in classifier_names(model):
-        head: Any = model.get_submodule(name)
-        is_frame = frames.matches(head.weight.flatten(1), etf["frame"], etf["coherence"])
-        if not is_frame or (head.bias is not None and head.bias.any()):
-            raise UsageError(
-                f"{model_name}: config.json promises a fixed {etf['frame']} classifier, but the weights of {name!r} "
-                "are not one. Download or export the model again, or use timm.create_model to load it as it is."
-            )
-        fixed[name] = FixedClassifier(
-            head.weight, bias=head.bias is not None, frame=etf["frame"], seed=etf["seed"], feature_norm=norm
-        )
-    return place(model, fixed)
+    if pretrained:
+        _check_finite(model, model_name)
+    return model if kwargs.get("features_only") else restore(model, located.etf, weights_loaded=pretrained)
 
 
 def locate(model_name: str, *, weights: bool = True, cache_dir: str | Path | None = None) -> Located:
@@ -137,10 +127,12 @@ def locate(model_name: str, *, weights: bool = True, cache_dir: str | Path | Non
                 "model again."
             )
     try:
-        with safe_open(file, framework="pt"):
-            pass
+        with safe_open(file, framework="pt") as tensors:
+            shapes = {k: tensors.get_slice(k).get_shape() for k in tensors.keys()}
     except (SafetensorError, OSError) as e:
         raise UsageError(f"The {WEIGHTS} of {model_name} is damaged ({first_line(e)}): get it again.") from None
+    if config.get("etf") is not None:
+        _check_shapes(shapes, config["etf"], model_name)
     return Located(name, config, file)
 
 
@@ -172,8 +164,18 @@ def _check_config(config: Any, name: str) -> None:
             f"The config.json of {name} points to another file than {WEIGHTS}, which is not followed: "
             "timm.create_model reads it, if you trust it."
         )
-    if config.get("etf") is not None:
-        _check_block(config["etf"], name)
+    num_classes, model_args = config.get("num_classes", 0), config.get("model_args", {})
+    if type(num_classes) is not int or num_classes < 0 or not isinstance(model_args, dict):
+        wrong = "model_args" if not isinstance(model_args, dict) else "num_classes"
+        raise UsageError(f"The config.json of {name} is damaged (see {wrong!r}): download or export the model again.")
+    etf = config.get("etf")
+    if etf is not None:
+        _check_block(etf, name)
+        if num_classes != (etf["num_classes"] if etf["projector"] is None else 0):
+            raise UsageError(
+                f"The config.json of {name} contradicts itself: num_classes is {num_classes}, and "
+                f"{etf['num_classes']} in its etf block. Download or export the model again."
+            )
 
 
 def _check_block(etf: Any, name: str) -> None:
@@ -183,9 +185,7 @@ def _check_block(etf: Any, name: str) -> None:
             f"{name} was written by a newer timm_etf (etf format {etf['format']}, this version reads up to "
             f"{FORMAT}): pip install --upgrade timm_etf"
         )
-    types: dict[str, Any] = {"format": int, "frame": str, "seed": int | None, "num_classes": int, "coherence": float}
-    types |= {"logit_scale": float, "feature_norm": bool, "projector": str | None, "weights_sha256": str}
-    wrong = [k for k, t in types.items() if not isinstance(etf, dict) or k not in etf or not isinstance(etf[k], t)]
+    wrong = [k for k, valid in _BLOCK.items() if not isinstance(etf, dict) or k not in etf or not valid(etf[k])]
     if wrong:
         raise UsageError(
             f"The etf block in the config.json of {name} is damaged (see {wrong[0]!r}): download or export the model "
@@ -196,3 +196,41 @@ def _check_block(etf: Any, name: str) -> None:
             f"{name} has a classifier of frame {etf['frame']!r}, which this version does not know: pip install "
             "--upgrade timm_etf, or use timm.create_model to load it without its fixed classifier."
         )
+
+
+_BLOCK: dict[str, Callable[[Any], bool]] = {
+    "format": lambda v: type(v) is int and v >= 1,
+    "frame": lambda v: isinstance(v, str),
+    "seed": lambda v: v is None or type(v) is int,
+    "num_classes": lambda v: type(v) is int and v >= 2,
+    "dims": lambda v: isinstance(v, dict) and all(type(dim) is int for dim in v.values()),
+    "coherence": lambda v: type(v) in (int, float) and -1 <= v <= 1 + 1e-6,
+    "logit_scale": lambda v: type(v) in (int, float) and 0 < v < math.inf,
+    "feature_norm": lambda v: isinstance(v, bool),
+    "projector": lambda v: v is None or isinstance(v, str),
+    "weights_sha256": lambda v: isinstance(v, str),
+}
+"""What an `etf` block must hold to be restored, and how it is known to be whole."""
+
+
+def _check_shapes(shapes: dict[str, list[int]], etf: dict[str, Any], name: str) -> None:
+    """Refuse classifier weights of other shapes than the `etf` block's, before a model of that size is made."""
+    if etf["projector"] is not None:
+        return  # they were left out
+    for classifier, dim in etf["dims"].items():
+        expected, there = [etf["num_classes"], dim], shapes.get(f"{classifier}.weight")
+        if there is None or there[:2] != expected:
+            raise UsageError(
+                f"{name}: config.json promises a classifier {classifier!r} of shape {expected}, and {WEIGHTS} has "
+                f"{'none' if there is None else there}. Download or export the model again."
+            )
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    """Refuse damaged or diverged weights, whose logits would be no numbers; buffers may mask with infinity."""
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.isnan().any() or (isinstance(tensor, nn.Parameter) and tensor.isinf().any()):
+            raise UsageError(
+                f"The weights of {name} are not finite (see {key!r}): its training diverged, or they were damaged. "
+                "Export an earlier checkpoint, or use timm.create_model to look at them."
+            )

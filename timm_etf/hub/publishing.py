@@ -24,9 +24,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from timm_etf.atomic import file_sha256
+from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError, first_line
 from timm_etf.hub.card import DATA_LICENSES, LOG, PICTURE, card, own_results
-from timm_etf.hub.load import WEIGHTS, locate
+from timm_etf.hub.load import locate
 
 _FROM_EXPORT = (WEIGHTS, "config.json", "results.json")
 _FROM_RUN = (LOG, DATA_LICENSES)
@@ -141,13 +142,15 @@ def publish(
         Address of the commit or pull request, or of the repository where nothing had changed.
 
     Raises:
-        UsageError: If there is no login, or the Hub refuses or cannot be reached.
+        UsageError: If there is no login, the tag is there on another commit, or the Hub refuses or cannot be reached.
     """
     if not (token or get_token()):
         raise UsageError("Publishing needs a login with write access: hf auth login")
     api = HfApi(token=token)
     repo_id, revision = planned.repo_id, planned.revision
     try:
+        if tag and not create_pr:
+            _check_tag(api, planned, tag)
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision and planned.remote is None:
@@ -156,7 +159,7 @@ def publish(
         if made := _commit(api, planned, message, create_pr):
             commit, url = made.oid, made.pr_url or made.commit_url
         if tag and not create_pr:
-            api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=not planned.changed)
+            api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=not planned.changed)  # there: on this commit
     except (HfHubHTTPError, OSError, OfflineModeIsEnabled) as e:
         raise _refused(e, f"Cannot publish to {repo_id}") from e
     except Exception as e:  # huggingface_hub changed its HTTP library, and lets that one's errors through
@@ -164,6 +167,21 @@ def publish(
             raise
         raise _refused(e, f"Cannot publish to {repo_id}") from e
     return url
+
+
+def _check_tag(api: HfApi, planned: Plan, tag: str) -> None:
+    """Refuse a tag that is there already, unless it is on the very commit that it would be put on."""
+    try:
+        refs = api.list_repo_refs(planned.repo_id)
+    except RepositoryNotFoundError:
+        return
+    tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
+    heads = {ref.name: ref.target_commit for ref in refs.branches}
+    if tagged and (planned.changed or tagged != heads.get(planned.revision or "main")):
+        raise UsageError(
+            f"{planned.repo_id} already has a tag {tag!r}, on another commit, and nothing was sent: choose another "
+            "tag, or delete that one there."
+        )
 
 
 def _commit(api: HfApi, planned: Plan, message: str, create_pr: bool) -> CommitInfo | None:

@@ -12,7 +12,7 @@ from typing import Any
 from timm.models._pretrained import PretrainedCfg
 
 from timm_etf.atomic import file_sha256
-from timm_etf.download import download
+from timm_etf.download import WEIGHTS, download
 from timm_etf.errors import UsageError
 
 NAMES = ("resnet10t_etf.icons400",)
@@ -22,7 +22,6 @@ ORG = os.environ.get("TIMM_ETF_HUB_ORG") or "timm-etf"
 """Organisation on the Hub that the checkpoints are downloaded from; the environment's `TIMM_ETF_HUB_ORG`."""
 
 _HERE = Path(__file__).parent
-_WEIGHTS = "model.safetensors"
 
 
 @cache
@@ -39,7 +38,7 @@ def pretrained_cfgs(variant: str) -> dict[str, PretrainedCfg]:
         if architecture != variant:
             continue
         about = config(name)
-        embedded = _HERE / name / _WEIGHTS
+        embedded = _HERE / name / WEIGHTS
         own = {"architecture": variant, "tag": tag, "num_classes": about["num_classes"]}
         own |= {"label_names": tuple(about.get("label_names", ())), "hf_hub_id": f"{ORG}/{name}"}
         own |= {"file": str(embedded)} if embedded.exists() else {}
@@ -56,9 +55,9 @@ def weights(name: str, cache_dir: str | Path | None = None) -> Path:
         UsageError: If they cannot be had, or are not those that were published.
     """
     sha256 = config(name)["etf"]["weights_sha256"]
-    embedded = _HERE / name / _WEIGHTS
+    embedded = _HERE / name / WEIGHTS
     if not embedded.exists():
-        return download(f"{ORG}/{name}", _WEIGHTS, cache_dir=cache_dir, sha256=sha256)
+        return download(f"{ORG}/{name}", WEIGHTS, cache_dir=cache_dir, sha256=sha256)
     if file_sha256(embedded) != sha256:
         raise UsageError(f"{embedded} is damaged: pip install --force-reinstall --no-deps timm_etf")
     return embedded
