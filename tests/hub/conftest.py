@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.hub import loopback
 
 Client = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -23,10 +24,13 @@ def server() -> Iterator[loopback.Hub]:
 
 @pytest.fixture
 def client(server: loopback.Hub, tmp_path: Path) -> Client:
-    """Runs a command whose huggingface_hub knows only the server, with a cache of its own."""
+    """Runs a command whose huggingface_hub knows only the server, with a cache of its own.
+
+    `timm-etf` and code of this interpreter run as forks, anything else as what it is.
+    """
 
     def run(*command: object, token: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
-        env = os.environ | {
+        own = {
             "HF_ENDPOINT": server.url,
             "HF_HOME": str(tmp_path / "home"),
             "HF_TOKEN": token,
@@ -37,18 +41,17 @@ def client(server: loopback.Hub, tmp_path: Path) -> Client:
             "HF_HUB_ETAG_TIMEOUT": "2",
             **environment,
         }
+        first, *rest = map(str, command)
+        if first == "timm-etf":
+            return commands.run(*rest, env=own, cwd=tmp_path)
+        if first == sys.executable and rest[0] == "-c" and "PYTHONPATH" not in environment:
+            return commands.run(*rest[2:], code=rest[1], env=own, cwd=tmp_path)
         # Not in this repository's folder, from which Python would import.
         return subprocess.run(
-            [str(c) for c in command], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+            [first, *rest], env=os.environ | own, cwd=tmp_path, capture_output=True, text=True, check=False
         )
 
     return run
-
-
-@pytest.fixture
-def timm_etf_command() -> str:
-    """The installed `timm-etf`."""
-    return str(Path(sys.executable).with_name("timm-etf"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_from_a_run_to_other_peoples_processes(
-    server: Hub, client: Client, run: Path, tmp_path: Path, timm_etf_command: str, python_without_plugin: Path
+    server: Hub, client: Client, run: Path, tmp_path: Path, python_without_plugin: Path
 ) -> None:
-    command = [timm_etf_command, "publish", run, "org/name", "--license", "apache-2.0"]
+    command = [Path(sys.executable).with_name("timm-etf"), "publish", run, "org/name", "--license", "apache-2.0"]
     shown = client(*command, token=WRITE)
     assert shown.returncode == 0, shown.stderr
     assert "org/name, which does not exist yet" in shown.stdout
@@ -97,19 +98,17 @@ def test_from_a_run_to_other_peoples_processes(
         assert torch.equal(torch.load(tmp_path / f"{name}.pt"), expected), name
 
 
-def test_changes_branches_pull_requests_and_what_lies_there(
-    server: Hub, client: Client, run: Path, timm_etf_command: str
-) -> None:
+def test_changes_branches_pull_requests_and_what_lies_there(server: Hub, client: Client, run: Path) -> None:
     old = {"README.md": b"# Old\n", "pytorch_model.bin": b"pickle", "notes.txt": b"keep me"}
     server.add("org/name", old)
-    shown = client(timm_etf_command, "publish", run, "org/name", token=WRITE)
+    shown = client("timm-etf", "publish", run, "org/name", token=WRITE)
     assert "changed" in shown.stdout
     assert "-# Old" in shown.stdout
     assert "pytorch_model.bin (pickled weights: better deleted there)" in shown.stdout
-    proposed = client(timm_etf_command, "publish", run, "org/name", "--pr", "--yes", token=WRITE)
+    proposed = client("timm-etf", "publish", run, "org/name", "--pr", "--yes", token=WRITE)
     assert "/org/name/discussions/1" in proposed.stdout, proposed.stderr
     assert server.repos["org/name"].files("main") == old
-    branched = client(timm_etf_command, "publish", run, "org/name", "--revision", "dev", "--yes", token=WRITE)
+    branched = client("timm-etf", "publish", run, "org/name", "--revision", "dev", "--yes", token=WRITE)
     assert "hf-hub:org/name@dev" in branched.stdout, branched.stderr
     assert server.repos["org/name"].files("main") == old
     files = server.repos["org/name"].files("dev") or {}
@@ -126,10 +125,10 @@ def test_changes_branches_pull_requests_and_what_lies_there(
     ],
 )
 def test_what_the_hub_refuses_is_one_line_and_leaves_nothing_half(
-    server: Hub, client: Client, run: Path, timm_etf_command: str, token: str, fault: Fault | None, says: str
+    server: Hub, client: Client, run: Path, token: str, fault: Fault | None, says: str
 ) -> None:
     server.faults += [fault] if fault else []
-    done = client(timm_etf_command, "publish", run, "org/name", "--yes", token=token)
+    done = client("timm-etf", "publish", run, "org/name", "--yes", token=token)
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert says in line
@@ -137,15 +136,13 @@ def test_what_the_hub_refuses_is_one_line_and_leaves_nothing_half(
     assert not any(files for repo in server.repos.values() for files in repo.commits.values())
     if fault:
         server.faults.clear()
-        assert client(timm_etf_command, "publish", run, "org/name", "--yes", token=token).returncode == 0
+        assert client("timm-etf", "publish", run, "org/name", "--yes", token=token).returncode == 0
 
 
-def test_a_tag_is_never_left_on_other_weights(
-    server: Hub, client: Client, run: Path, tmp_path: Path, timm_etf_command: str
-) -> None:
+def test_a_tag_is_never_left_on_other_weights(server: Hub, client: Client, run: Path, tmp_path: Path) -> None:
     def publish(folder: Path, *options: str) -> str:
         server.seen.clear()
-        done = client(timm_etf_command, "publish", folder, "org/name", "--yes", *options, token=WRITE)
+        done = client("timm-etf", "publish", folder, "org/name", "--yes", *options, token=WRITE)
         assert (done.returncode == 2) == done.stderr.startswith("error"), done.stderr
         return done.stderr.strip()
 
@@ -175,9 +172,9 @@ def test_a_tag_is_never_left_on_other_weights(
     assert refs["v3"] == refs["dev"]
 
 
-def test_a_server_that_stumbles_is_asked_again(server: Hub, client: Client, run: Path, timm_etf_command: str) -> None:
+def test_a_server_that_stumbles_is_asked_again(server: Hub, client: Client, run: Path) -> None:
     server.faults += [Fault("PUT /lfs", "500", 1), Fault("objects/batch", "500", 1), Fault("/commit/", "500", 1)]
-    done = client(timm_etf_command, "publish", run, "org/name", "--yes", token=WRITE)
+    done = client("timm-etf", "publish", run, "org/name", "--yes", token=WRITE)
     assert done.returncode == 0, done.stderr
     assert not any(fault.times for fault in server.faults)
     assert len(server.repos["org/name"].files("main") or {}) == 7

@@ -12,10 +12,8 @@ from timm.models import parse_model_name
 from torch import nn
 
 from timm_etf import specs
-from timm_etf.atomic import file_sha256
 from timm_etf.errors import UsageError, first_line
-from timm_etf.hub import create_model
-from timm_etf.hub.load import locate
+from timm_etf.hub.load import create_located, locate
 
 
 @dataclass(frozen=True)
@@ -43,18 +41,18 @@ class Candidate:
                 # Whatever has no weights is the same in every process and call. Of the CPU's generator alone: the
                 # others' state is not put back.
                 torch.default_generator.manual_seed(0)
-                model = create_model(self.name, **{"pretrained": True, **self.kwargs})
-            return Loaded(model.eval(), self._weights_sha256())
+                return self._create()
         except UsageError:
             raise
         except Exception as e:  # timm and the Hub have many: no weights, no network, wrong argument, damaged file
             raise UsageError(f"Cannot create {self.name}: {first_line(e)}") from e
 
-    def _weights_sha256(self) -> str | None:
-        if parse_model_name(self.name)[0] is None or not self.kwargs.get("pretrained", True):
-            return None
-        file = locate(self.name, cache_dir=self.kwargs.get("cache_dir")).weights
-        return file_sha256(file) if file else None
+    def _create(self) -> "Loaded":
+        kwargs = {"pretrained": True, **self.kwargs}
+        if parse_model_name(self.name)[0] is None:
+            return Loaded(timm.create_model(self.name, **kwargs).eval(), None)
+        located = locate(self.name, weights=kwargs.pop("pretrained"), cache_dir=kwargs.get("cache_dir"))
+        return Loaded(create_located(located, **kwargs).eval(), located.weights_sha256)
 
 
 @dataclass(frozen=True)

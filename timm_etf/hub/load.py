@@ -5,6 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ class Located:
         """What says how to restore the fixed classifier; None for models without one."""
         return self.config.get("etf")
 
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """Hash of the weights' file: that of the `etf` block, which was compared with it, if there is one."""
+        if self.weights is None:
+            return None
+        return self.etf["weights_sha256"] if self.etf else file_sha256(self.weights)
+
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create a model as `timm.create_model` does, and restore the fixed classifier it was trained under.
@@ -67,7 +75,12 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     """
     if parse_model_name(model_name)[0] is None:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
-    located = locate(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir"))
+    return create_located(locate(model_name, weights=pretrained, cache_dir=kwargs.get("cache_dir")), **kwargs)
+
+
+def create_located(located: Located, **kwargs: Any) -> nn.Module:
+    """`create_model` of what `locate` has found, with its weights if they were located; arguments, errors as there."""
+    model_name, pretrained = located.name, located.weights is not None
     try:
         model = timm.create_model(located.name, pretrained=pretrained, **kwargs)
     except UsageError:

@@ -23,13 +23,15 @@ from timm_etf.features.extract import PRE_LOGITS, Features, Layers, layer_names,
 from timm_etf.features.study import Inputs, Measured, Pair, Study
 from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.processes import exact_device, processes
-from timm_etf.report.page import closing, write
+from timm_etf.report.page import write
 from timm_etf.transfer.few_shot import SHOTS, fewshot
 from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS, Budget, finetune
 from timm_etf.transfer.neighbours import knn
 from timm_etf.transfer.probe import linear_probe
-from timm_etf.transfer.report import Report, show
+from timm_etf.transfer.report import Report, summary
 from timm_etf.transfer.result import Result
+
+__all__ = ["Settings", "run", "summary"]
 
 Protocol = Literal["probe", "knn", "finetune", "fewshot"]
 
@@ -274,20 +276,3 @@ def _draw(report: Report, out: Path) -> dict[str, str]:
     from timm_etf.transfer import plots
 
     return plots.draw(report, out)
-
-
-def summary(report: Report, out: Path) -> str:
-    """What the command prints: the mean of every protocol, what is missing, and where the rest is."""
-    lines = []
-    for protocol in report.protocols:
-        complete = report.complete(protocol)
-        if not complete:
-            continue
-        means = [np.mean([np.mean(report.accuracies(la, t, protocol)) for t in complete]) for la in report.labels]
-        parts = [f"{la} {m:.1f}" for la, m in zip(report.labels, means, strict=True)]
-        for label in report.labels[1:]:
-            difference = show(report.difference(label, complete, protocol))
-            parts.append(f"{label} - {report.labels[0]}: {difference}, {report.tally(label, complete, protocol)} w/t/l")
-        lines.append(f"{protocol}, mean of {len(complete)} targets: " + "; ".join(parts))
-    lines += closing(out, report.missing, "transfer.png")
-    return "\n".join(lines)
