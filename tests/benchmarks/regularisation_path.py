@@ -88,6 +88,7 @@ def compare(n: int, dim: int, classes: int, spread: float) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore", ConvergenceWarning)
     compare(5_000, 256, 10, 2.0)
-    compare(5_000, 256, 10, 6.0)
-    compare(2_000, 1024, 50, 1.0)
-    compare(2_000, 1024, 50, 2.5)
+    compare(10_000, 512, 10, 2.0)
+    compare(10_000, 512, 10, 6.0)
+    compare(3_000, 2048, 50, 1.0)
+    compare(3_000, 2048, 50, 2.5)
