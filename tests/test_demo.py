@@ -2,10 +2,31 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 from PIL import Image
 
-from timm_etf import UsageError, demo
+from timm_etf import UsageError, demo, hub
+from timm_etf.transfer import Result
+
+
+def test_a_card_has_the_probes_of_its_own_head_and_the_difference(tmp_path: Path) -> None:
+    rng, y = np.random.default_rng(0), np.zeros(500, np.int64)
+    probes = {}
+    for head, share in zip(demo.HEADS, (0.6, 0.8), strict=True):
+        probes[head] = {"letters": Result((rng.random(500) < share).astype(np.float32), y, "standardised")}
+        source = {"data": "shapes", "top1": 50.0}
+        hub.export(timm.create_model("test_resnet"), tmp_path / demo.HEADS[head] / "export", results={"source": source})
+    compared = demo._compare(tmp_path, {"letters": tmp_path}, probes)
+    for head, name in demo.HEADS.items():
+        folder = tmp_path / name / "export"
+        demo._add_to_card(folder, compared)
+        low, high = probes[head]["letters"].interval()
+        row = f"| letters | 500 | {probes[head]['letters'].accuracy():.1f} [{low:.1f} to {high:.1f}] |"
+        assert row in (folder / "README.md").read_text()
+        [own] = json.loads((folder / "results.json").read_text())["transfer"]
+        assert (own["label"], own["reference"]) == (head, None if head == "learned" else "learned")
 
 
 def test_the_demo_from_nothing_and_continued(
@@ -18,7 +39,8 @@ def test_the_demo_from_nothing_and_continued(
     )
     out = tmp_path / "demo"
     results = demo.run(out)
-    assert json.loads(json.dumps(results)) == json.loads((out / "results.json").read_text())
+    written = json.loads((out / "results.json").read_text())
+    assert {"schema": 1} | json.loads(json.dumps(results)) == written
     assert results["logits_identical_after_reload"] is True
     assert [t["target"] for t in results["targets"]] == [
         "pictograms-novel",

@@ -5,6 +5,7 @@ Everything goes the way a user's own data would: image folders, `pretrain`, `hub
 
 import json
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,22 @@ import timm
 import torch
 
 from timm_etf import hub, transfer
-from timm_etf.atomic import require_new_folder, write_json
+from timm_etf.atomic import file_sha256, require_new_folder
 from timm_etf.classifier import fixed_classifiers
 from timm_etf.data import build_pictograms, build_targets
+from timm_etf.features.candidates import Candidate
+from timm_etf.hub.card import own_results
+from timm_etf.hub.load import WEIGHTS
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.loop import pretrain
+from timm_etf.report.results import Checkpoint, Transfer, read, write
+from timm_etf.report.style import COLOURS, STYLE, save
+from timm_etf.transfer.report import Report
 
 HEADS = {"learned": "resnet10t", "ETF": "resnet10t_etf"}
 """The two runs: what they are called and the timm name that differs."""
 
+_COLOURS = dict(zip(HEADS, COLOURS, strict=False))
 SEED = 0
 PROTOCOL = (
     "Linear probe: logistic regression on the standardised features before the classifier, strength of "
@@ -100,9 +108,10 @@ def run(out: Path, *, resume: bool = False) -> dict[str, Any]:
         "logits_identical_after_reload": identical,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_json(out / "results.json", results)
-    for head, name in HEADS.items():
-        _add_to_card(out / name / "export", results, head)
+    write(out / "results.json", results)
+    compared = _compare(out, targets, probes)
+    for name in HEADS.values():
+        _add_to_card(out / name / "export", compared)
     picture = _draw(out, source, targets, results)
     print(_report(out, results, picture))
     return results
@@ -133,19 +142,30 @@ def _difference(learned: transfer.Result, etf: transfer.Result) -> dict[str, Any
     return {"accuracy": mean, "interval": interval}
 
 
-def _add_to_card(folder: Path, results: dict[str, Any], head: str) -> None:
-    own = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    rows = {
-        t["target"]: {
-            "metric": "top1",
-            "test_images": t["count"],
-            "accuracy": t[head]["accuracy"],
-            "interval_over_test_images": t[head]["interval"],
-        }
-        for t in results["targets"]
-    }
-    measured = {"seeds_of_protocols": 1, "protocols": {"probe": {"targets": rows, "mean": None}}}
-    write_json(folder / "results.json", {**own, "transfer": [measured]})
+def _compare(out: Path, targets: dict[str, Path], probes: dict[str, dict[str, transfer.Result]]) -> Transfer:
+    """The probes as `timm-etf transfer` would have written them."""
+    folders = [out / name / "export" for name in HEADS.values()]
+    return Report(
+        candidates=[Candidate(head, f"local-dir:{folder}") for head, folder in zip(HEADS, folders, strict=True)],
+        targets=[transfer.Target(name, str(root)) for name, root in targets.items()],
+        results={
+            (number, name, "probe", 0): result
+            for number, head in enumerate(HEADS)
+            for name, result in probes[head].items()
+        },
+        seconds={},
+        missing={},
+        notes=[],
+        collapse={},
+        weights_sha256={number: file_sha256(folder / WEIGHTS) for number, folder in enumerate(folders)},
+        settings={"seeds": 1, "versions": {p: version(p) for p in ("timm_etf", "timm", "torch")}},
+    ).as_json()
+
+
+def _add_to_card(folder: Path, compared: Transfer) -> None:
+    checkpoint = read(folder / "results.json", Checkpoint)
+    own = own_results(compared, file_sha256(folder / WEIGHTS))
+    write(folder / "results.json", {**checkpoint, "transfer": [own]})
     hub.write_card(folder)
 
 
@@ -199,17 +219,14 @@ def _draw(out: Path, source: Path, targets: dict[str, Path], results: dict[str, 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with rc_context(STYLE):
         figure: Any = Figure(figsize=(12, 5), layout="constrained")
         left, middle, right = figure.subfigures(1, 3, width_ratios=[0.9, 1.0, 1.5])
         _draw_images(left, source, targets)
         _draw_learning(middle.subplots(), out)
         _draw_transfer(right.subplots(), results["targets"])
-        figure.savefig(out / "demo.png", dpi=150)
+        save(figure, out / "demo.png", dpi=150)
     return out / "demo.png"
-
-
-COLOURS = {"learned": "#7a7a7a", "ETF": "#c8102e"}
 
 
 def _draw_images(figure: Any, source: Path, targets: dict[str, Path]) -> None:
@@ -232,7 +249,7 @@ def _draw_images(figure: Any, source: Path, targets: dict[str, Path]) -> None:
 def _draw_learning(axis: Any, out: Path) -> None:
     for head, name in HEADS.items():
         epochs = [json.loads(line) for line in (out / name / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        axis.plot([e["epoch"] for e in epochs], [e["top1"] for e in epochs], color=COLOURS[head], label=f"{head} head")
+        axis.plot([e["epoch"] for e in epochs], [e["top1"] for e in epochs], color=_COLOURS[head], label=f"{head} head")
     axis.set(xlabel="epoch", title="Source: top-1 on unseen icon families (%)", ylim=(0, None))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, loc="lower right")
@@ -242,8 +259,8 @@ def _draw_transfer(axis: Any, targets: list[dict[str, Any]]) -> None:
     heights = range(len(targets))[::-1]
     for y, target in zip(heights, targets, strict=True):
         for head, shift in (("learned", 0.1), ("ETF", -0.1)):
-            axis.plot(target[head]["interval"], [y + shift] * 2, color=COLOURS[head], linewidth=2)
-            axis.plot(target[head]["accuracy"], y + shift, "o", color=COLOURS[head])
+            axis.plot(target[head]["interval"], [y + shift] * 2, color=_COLOURS[head], linewidth=2)
+            axis.plot(target[head]["accuracy"], y + shift, "o", color=_COLOURS[head])
         difference, (low, high) = target["difference"]["accuracy"], target["difference"]["interval"]
         text = f"ETF - learned: {difference:+.1f} ({low:+.1f} to {high:+.1f})"
         axis.annotate(text, (1.0, y + 0.27), xycoords=("axes fraction", "data"), ha="right", fontsize=8.5)

@@ -19,6 +19,12 @@ from timm_etf.hub.card import card, own_results
 SOURCE = {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.0, "epochs": 3, "seed": 5}
 GEOMETRY = {"nc1": 2.5, "cdnv": 0.375, "vci": 0.625, "within": 0.03125, "nc3": 1.25}
 
+CONFIG: dict[str, Any] = {
+    "architecture": "test_resnet",
+    "num_classes": 10,
+    "pretrained_cfg": {"input_size": [3, 160, 160], "mean": [0.5], "std": [0.5], "tag": "x"},
+}
+
 # The Hub's model card metadata, as its documentation gives it, as far as these cards use it.
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 METRIC = {
@@ -146,6 +152,78 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     assert "auto_augment" not in text
     assert 'timm_etf.create_model("hf-hub:org/name", pretrained=True)' in text
     assert own_results(compared("c" * 64), "a" * 64) is None
+
+
+@pytest.mark.parametrize("lacking", [*GEOMETRY, *SOURCE, None])
+@pytest.mark.parametrize("how", ["missing", "null"])
+def test_a_number_that_is_missing_is_a_dash_and_nothing_else_is(lacking: str | None, how: str) -> None:
+    """Validation leaves out what is not finite, as CDNV is where two classes have one mean."""
+    source = SOURCE | GEOMETRY
+    if lacking and how == "missing":
+        del source[lacking]
+    elif lacking:
+        source[lacking] = None
+    text = card(CONFIG, {"source": source})
+    metadata(text)
+    dash = {
+        "nc1": "NC1 -,",
+        "cdnv": "CDNV -,",
+        "vci": "VCI -,",
+        "within": "tr C / d -;",
+        "nc3": "(NC3, 0 to 4) -.",
+        "data": "| - | 37 |",
+        "count": "| - | 61.25 |",
+        "top1": "| 37 | - |",
+        "top5": "| 61.25 | - |",
+        "epochs": "| 100.00 | - |",
+        "seed": "| 3 | - |",
+    }
+    for name, shown in dash.items():
+        assert (shown in text) == (name == lacking), name
+
+
+def test_an_export_whose_collapse_is_not_finite_has_a_card(tmp_path: Path) -> None:
+    source = {k: v for k, v in (SOURCE | GEOMETRY).items() if k not in ("cdnv", "vci")}
+    text = (exported(tmp_path, results={"source": source}) / "README.md").read_text()
+    assert "CDNV -, VCI -, tr C / d 0.0312" in text
+
+
+def test_parts_of_a_comparison_that_are_missing() -> None:
+    found = compared()
+    found["collapse_of_train_features"]["etf"] = {"kanji": [{"nc1": 1.5, "cdnv": None}], "digits": []}
+    own = own_results(found, "a" * 64)
+    text = card(CONFIG, {"transfer": [own]})
+    assert "| kanji | 1.5 | - | - | - |" in text
+    names = {m["name"] for r in metadata(text)["model-index"][0]["results"] for m in r["metrics"]}
+    assert names == {"nc1, training features", "top1, probe", "top1, 10-shot"}
+    del own["collapse"], own["reference"]
+    text = card(CONFIG, {"transfer": [own]})
+    assert "Geometry of" not in text
+    assert "Its method less" not in text
+
+
+def test_a_checkpoint_gets_its_own_collapse_or_none() -> None:
+    found = compared()
+    found["weights_sha256"]["etf"] = ["c" * 64, "a" * 64]
+    for cells in found["protocols"].values():
+        for cell in cells["targets"].values():
+            cell["models"]["etf"]["by_model"] *= 2
+    # Of two trainings one has values, and an old file does not say which.
+    assert own_results(found, "a" * 64)["collapse"] == {}
+    found["collapse_of_train_features"]["etf"]["kanji"] = [{"nc1": 7.0}, None]
+    assert own_results(found, "a" * 64)["collapse"] == {}
+    assert own_results(found, "c" * 64)["collapse"] == {"kanji": {"nc1": 7.0}}
+
+
+def test_a_mean_is_over_the_labels_own_targets() -> None:
+    found = compared()
+    found["protocols"]["10-shot"]["mean"] = {
+        "targets": ["kanji"],
+        "targets_by_label": {"learned": ["kanji"], "etf": ["digits"]},
+        "differences": {},
+    }
+    mean = own_results(found, "a" * 64)["protocols"]["10-shot"]["mean"]
+    assert (mean["accuracy"], mean["targets"], mean["difference"]) == (65.0, ["digits"], None)
 
 
 @pytest.mark.parametrize("name", ["test_resnet_etf", "resnet10t_sw_etf"])

@@ -205,6 +205,8 @@ def test_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
 
 def test_results_of_other_weights_stay_off_the_card(run: Path, tmp_path: Path) -> None:
     other = {"weights_sha256": {"etf": ["0" * 64]}, "reference": "etf", "protocols": {}}
+    other |= {"settings": {}, "seconds": {}, "missing": {}, "collapse_of_train_features": {}}
+    other |= {"notes": [], "t_intervals_over": ""}
     (tmp_path / "results.json").write_text(json.dumps(other))
     with pytest.raises(UsageError, match="measured other weights than these"):
         hub.plan(run, "org/name", results=[tmp_path / "results.json"])

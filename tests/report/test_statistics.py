@@ -78,7 +78,7 @@ def test_the_interval_of_a_mean_per_class_is_scipys_of_the_mean_of_the_classes()
     theirs = stats.bootstrap(
         classes, mean_of_classes, n_resamples=20_000, method="percentile", vectorized=True, rng=rng
     ).confidence_interval
-    assert result(correct, y).interval("mean_per_class", draws=20_000) == pytest.approx(tuple(theirs), abs=0.15)
+    assert result(correct, y).interval("mean_per_class", draws=20_000) == pytest.approx(tuple(theirs), abs=0.3)
     # In any order of the images.
     order = rng.permutation(len(y))
     assert result(correct[order], y[order]).interval("mean_per_class") == result(correct, y).interval("mean_per_class")

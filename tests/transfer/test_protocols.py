@@ -1,9 +1,12 @@
+import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.transfer.conftest import blobs
 from timm_etf import UsageError
-from timm_etf.transfer import Features, Result, fewshot, knn, linear_probe
+from timm_etf.transfer import Features, Result, fewshot, finetune, knn, linear_probe, open_splits, resolve
+from timm_etf.transfer.fine_tuning import Budget
 from timm_etf.transfer.neighbours import vote
 from timm_etf.transfer.probe import STRENGTHS
 from timm_etf.transfer.result import validation_mask
@@ -140,3 +144,27 @@ def test_a_draw_takes_so_many_of_every_class() -> None:
 def test_too_few_images_for_a_shot() -> None:
     with pytest.raises(UsageError, match=r"4 of 4 classes have fewer than 10 training images, such as '0'"):
         fewshot(blobs(20, seed=1), blobs(20, seed=2), 10)
+
+
+def test_fine_tuning_is_a_function_of_its_seed_for_any_number_of_workers(images: Path) -> None:
+    [target], _ = resolve([f"{images},name=bars,test=validation,hflip=yes"], images)
+    splits = open_splits(target)
+    made: list[torch.nn.Module] = []
+
+    def build(num_classes: int) -> torch.nn.Module:
+        size = {"input_size": (3, 32, 32)}
+        made.append(
+            timm.create_model("test_resnet", num_classes=num_classes, pretrained_cfg_overlay=size, drop_rate=0.5)
+        )
+        return made[-1]
+
+    def trained(workers: int, seed: int, noise: int) -> list[torch.Tensor]:
+        random.seed(noise)  # what the process has drawn before decides nothing
+        torch.manual_seed(noise)
+        finetune(build, splits, Budget(3, 16, workers), seed=seed)
+        return list(made[-1].state_dict().values())
+
+    first = trained(0, seed=0, noise=1)
+    for workers, noise in ((0, 2), (1, 3), (2, 4)):
+        assert all(map(torch.equal, first, trained(workers, seed=0, noise=noise))), workers
+    assert not all(map(torch.equal, first, trained(0, seed=1, noise=1)))

@@ -240,7 +240,7 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path) -> None:
         assert accuracy > 60  # by chance 20
     result = report.runs("fixed", "bars", "finetune")[0][0]
     assert set(result.chosen) == {"lr", "weight_decay"}
-    assert "60 steps of 16 images" in result.features
+    assert "60 steps of 16 images" in result.treatment
     assert not (tmp_path / "features").exists()
     before = times(tmp_path)
     run(chosen)

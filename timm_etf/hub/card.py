@@ -1,12 +1,14 @@
 """The model card of an exported folder, made from the files in it: no number is typed by hand."""
 
 import json
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from timm_etf.atomic import write_text
+from timm_etf.report.results import Checkpoint, Difference, Own, OwnProtocol, OwnRow, Transfer, read
 
 PICTURE = "results.png"
 LOG = "log.jsonl"
@@ -14,6 +16,7 @@ DATA_LICENSES = "DATA_LICENSES.md"
 """Files that a card shows or names where they lie beside it."""
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
+_GEOMETRY = ("nc1", "cdnv", "vci")
 _FRAMES = {"simplex": "a simplex ETF", "orthoplex": "an orthoplex", "spherical_code": "a spherical code"}
 
 
@@ -26,17 +29,20 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
 
     Returns:
         Path of the card.
+
+    Raises:
+        UsageError: If results.json is not a checkpoint's.
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read(folder / "results.json", Checkpoint)
     write_text(folder / "README.md", card(config, results, repo_id, beside={p.name for p in folder.iterdir()}))
     return folder / "README.md"
 
 
 def card(
     config: dict[str, Any],
-    results: dict[str, Any],
+    results: Checkpoint,
     repo_id: str | None = None,
     *,
     license: str | None = None,
@@ -87,6 +93,7 @@ def card(
             source=results.get("source"),
             transfer=transfer,
             difference=_difference,
+            number=_number,
             losses=_losses(transfer),
             license=license,
             picture=PICTURE if PICTURE in beside else None,
@@ -97,7 +104,7 @@ def card(
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"  # what the template leaves out leaves empty lines
 
 
-def own_results(compared: dict[str, Any], weights_sha256: str) -> dict[str, Any] | None:
+def own_results(compared: Transfer, weights_sha256: str) -> Own | None:
     """What a transfer comparison found for one checkpoint.
 
     Args:
@@ -110,29 +117,40 @@ def own_results(compared: dict[str, Any], weights_sha256: str) -> dict[str, Any]
     """
     places = [
         (label, i)
-        for label, hashes in compared.get("weights_sha256", {}).items()
+        for label, hashes in compared["weights_sha256"].items()
         for i, h in enumerate(hashes)
         if h == weights_sha256
     ]
     if not places:
         return None
     label, member = places[0]
-    protocols: dict[str, Any] = {}
+    protocols: dict[str, OwnProtocol] = {}
     for protocol, found in compared["protocols"].items():
-        rows = {}
+        rows: dict[str, OwnRow] = {}
         for target, cell in found["targets"].items():
-            if label not in cell["models"]:
-                continue
-            own = cell["models"][label]["by_model"][member]
-            rows[target] = {k: cell[k] for k in ("metric", "test_images")} | own
-            rows[target] |= {"difference": cell.get("differences", {}).get(label)}
-        mean = found["mean"] and {
-            "accuracy": sum(rows[t]["accuracy"] for t in found["mean"]["targets"]) / len(found["mean"]["targets"]),
-            "targets": found["mean"]["targets"],
-            "difference": found["mean"]["differences"].get(label),
-        }
-        protocols[protocol] = {"targets": rows, "mean": mean}
-    collapse = {t: by[member] for t, by in compared["collapse_of_train_features"].get(label, {}).items() if by}
+            if label in cell["models"]:
+                rows[target] = {
+                    "metric": cell["metric"],
+                    "test_images": cell["test_images"],
+                    **cell["models"][label]["by_model"][member],
+                    "difference": cell.get("differences", {}).get(label),
+                }
+        protocols[protocol] = {"targets": rows, "mean": None}
+        if mean := found["mean"]:
+            targets = mean["targets_by_label"].get(label, []) if "targets_by_label" in mean else mean["targets"]
+            if targets:
+                protocols[protocol]["mean"] = {
+                    "accuracy": sum(rows[t]["accuracy"] for t in targets) / len(targets),
+                    "targets": targets,
+                    "difference": mean["differences"].get(label),
+                }
+    # Files without a version leave members out that have no collapse: then it is not known whose the others are.
+    members = len(compared["weights_sha256"][label])
+    collapse = {
+        target: own
+        for target, by_member in compared["collapse_of_train_features"].get(label, {}).items()
+        if len(by_member) == members and (own := by_member[member])
+    }
     return {
         "label": label,
         "weights_sha256": weights_sha256,
@@ -150,28 +168,36 @@ def _name(config: dict[str, Any]) -> str:
     return ".".join(filter(None, (variant, config["pretrained_cfg"].get("tag"))))
 
 
-def _difference(found: dict[str, Any] | None) -> str:
+def _number(values: Mapping[str, Any], key: str, form: str = "%.3g") -> str:
+    """A measured number, or a dash where there is none, as where a metric is not finite."""
+    value = values.get(key)
+    return form % value if isinstance(value, int | float) and math.isfinite(value) else "-"
+
+
+def _difference(found: Difference | None) -> str:
     if not found:
         return "-"
     low, high = found["interval_over_test_images"]
-    runs = found["interval_over_runs"]
-    return f"{found['mean']:+.1f} [{low:+.1f} to {high:+.1f}]" + (
-        f" ({runs[0]:+.1f} to {runs[1]:+.1f})" if runs else ""
-    )
+    shown = f"{found['mean']:+.1f} [{low:+.1f} to {high:+.1f}]"
+    if runs := found["interval_over_runs"]:
+        shown += f" ({runs[0]:+.1f} to {runs[1]:+.1f})"
+    if both := found.get("interval_over_runs_and_images"):
+        shown += f" {{{both[0]:+.1f} to {both[1]:+.1f}}}"
+    return shown
 
 
-def _losses(transfer: list[dict[str, Any]]) -> list[str]:
+def _losses(transfer: list[Own]) -> list[str]:
     """Targets on which the reference was ahead beyond the interval over test images."""
     return [
-        f"{target} ({protocol}, {row['difference']['mean']:+.1f})"
+        f"{target} ({protocol}, {difference['mean']:+.1f})"
         for part in transfer
         for protocol, found in part["protocols"].items()
         for target, row in found["targets"].items()
-        if row.get("difference") and row["difference"]["interval_over_test_images"][1] < 0
+        if (difference := row.get("difference")) and difference["interval_over_test_images"][1] < 0
     ]
 
 
-def _evaluations(results: dict[str, Any]) -> list[Any]:
+def _evaluations(results: Checkpoint) -> list[Any]:
     """The model-index: the source task and every target under every protocol."""
     from huggingface_hub import EvalResult
 
@@ -187,18 +213,26 @@ def _evaluations(results: dict[str, Any]) -> list[Any]:
         )
 
     found = []
-    if source := results.get("source"):
-        images = {"images": source["count"], "training_seed": source["seed"]}
-        found += [evaluation(source["data"], f"{k}, source task", source[k], **images) for k in ("top1", "top5")]
-        geometry = [k for k in ("nc1", "cdnv", "vci") if k in source]
-        found += [evaluation(source["data"], f"{k}, validation features", source[k], k, **images) for k in geometry]
+    if (source := results.get("source")) and source.get("data"):
+        counted = {"images": source.get("count"), "training_seed": source.get("seed")}
+        images: dict[str, Any] = {k: v for k, v in counted.items() if v is not None}
+        for k in _measured(source, "top1", "top5"):
+            found.append(evaluation(source["data"], f"{k}, source task", source[k], **images))
+        for k in _measured(source, *_GEOMETRY):
+            found.append(evaluation(source["data"], f"{k}, validation features", source[k], k, **images))
     for part in results.get("transfer", []):
         for protocol, cells in part["protocols"].items():
             for target, row in cells["targets"].items():
                 interval = [round(v, 2) for v in row["interval_over_test_images"]]
-                about = {"images": row["test_images"], "interval_95_over_test_images": interval}
+                about: dict[str, Any] = {"images": row["test_images"], "interval_95_over_test_images": interval}
                 about |= {"trainings": 1, "protocol_seeds": part["seeds_of_protocols"]}
                 found.append(evaluation(target, f"{row['metric']}, {protocol}", row["accuracy"], **about))
-        for target, row in part.get("collapse", {}).items():
-            found += [evaluation(target, f"{k}, training features", row[k], kind=k) for k in ("nc1", "cdnv", "vci")]
+        for target, collapse in part.get("collapse", {}).items():
+            for k in _measured(collapse, *_GEOMETRY):
+                found.append(evaluation(target, f"{k}, training features", collapse[k] or 0.0, kind=k))
     return found
+
+
+def _measured(values: Mapping[str, Any], *keys: str) -> list[str]:
+    """Those of the keys that have a number."""
+    return [k for k in keys if _number(values, k) != "-"]

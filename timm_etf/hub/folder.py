@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from timm_etf import frames
 from timm_etf.atomic import atomic_folder, file_sha256, require_new_folder, write_json
 from timm_etf.classifier import classifier_names, fixed_classifiers, replaced_classifiers
 from timm_etf.download import WEIGHTS
-from timm_etf.errors import UsageError
+from timm_etf.errors import UsageError, one_line
 from timm_etf.hub.card import write_card
 from timm_etf.hub.load import FORMAT
+from timm_etf.report.results import write as write_results
 from timm_etf.variants import HEAD_ARGS, NO_PROVENANCE, base_name
 
 
@@ -94,9 +96,15 @@ def export(
         etf = _etf_block(trained, file_sha256(new / WEIGHTS), recipe)
         write_json(new / "config.json", _config(model, new, tag, data_config, label_names, etf))
         (new / WEIGHTS).chmod((new / "config.json").stat().st_mode)  # safetensors lets nobody else read it
-        write_json(new / "results.json", results or {})
-        write_card(new)
+        write_results(new / "results.json", results or {})
+        try:
+            write_card(new)
+        except Exception as e:  # a week's weights are not lost for a page about them
+            _logger.warning(f"{folder} has no card ({one_line(e)}); timm_etf.hub.write_card writes it.")
     return folder
+
+
+_logger = logging.getLogger(__name__)
 
 
 def _config(

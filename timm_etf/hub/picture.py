@@ -7,11 +7,13 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-COLOURS = ("#c8102e", "#1f5fa8", "#2f8f4e", "#d98a00", "#7a3fa0", "#00868b")
-_STYLE: Any = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+from timm_etf.report.results import Checkpoint, Own
+from timm_etf.report.style import COLOURS, STYLE, save
+
+_COLOURS = COLOURS[1:]  # grey is a reference's
 
 
-def draw(results: dict[str, Any], log: Path | None, path: Path) -> Path | None:
+def draw(results: Checkpoint, log: Path | None, path: Path) -> Path | None:
     """Draw results.json and log.jsonl of a run.
 
     Args:
@@ -26,7 +28,7 @@ def draw(results: dict[str, Any], log: Path | None, path: Path) -> Path | None:
     if not parts and log is None:
         return None
     targets = sum(len(_targets(p)) for p in parts)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure: Any = Figure(
             figsize=(5 * (log is not None) + 7 * bool(parts), max(3.2, 1.2 + 0.4 * targets)), layout="constrained"
         )
@@ -35,17 +37,17 @@ def draw(results: dict[str, Any], log: Path | None, path: Path) -> Path | None:
             _learning(axes[0], log)
         for axis, part in zip(axes[log is not None :], parts, strict=True):
             _transfer(axis, part)
-        figure.savefig(path, dpi=110, format="png")
+        save(figure, path, dpi=110)
     return path
 
 
-def _targets(part: dict[str, Any]) -> list[str]:
+def _targets(part: Own) -> list[str]:
     return list(dict.fromkeys(t for found in part["protocols"].values() for t in found["targets"]))
 
 
 def _learning(axis: Any, log: Path) -> None:
     epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    for key, label, colour in (("top1", "top-1", COLOURS[0]), ("top5", "top-5", COLOURS[1])):
+    for key, label, colour in (("top1", "top-1", _COLOURS[0]), ("top5", "top-5", _COLOURS[1])):
         axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", color=colour, label=label, markersize=3)
     axis.set(xlabel="epoch", ylabel="accuracy (%)", title="Source task, validation images", ylim=(0, 100))
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -53,11 +55,11 @@ def _learning(axis: Any, log: Path) -> None:
     axis.legend(frameon=False, loc="lower right")
 
 
-def _transfer(axis: Any, part: dict[str, Any]) -> None:
+def _transfer(axis: Any, part: Own) -> None:
     targets = _targets(part)
     protocols = part["protocols"]
     for number, (protocol, found) in enumerate(protocols.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = _COLOURS[number % len(_COLOURS)]
         shift = (number - (len(protocols) - 1) / 2) * 0.6 / len(protocols)
         for row, target in enumerate(targets):
             if cell := found["targets"].get(target):

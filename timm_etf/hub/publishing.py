@@ -28,6 +28,7 @@ from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError, first_line
 from timm_etf.hub.card import DATA_LICENSES, LOG, PICTURE, card, own_results
 from timm_etf.hub.load import locate
+from timm_etf.report.results import Checkpoint, Own, Transfer, read
 
 _FROM_EXPORT = (WEIGHTS, "config.json", "results.json")
 _FROM_RUN = (LOG, DATA_LICENSES)
@@ -228,7 +229,7 @@ def gather(
         if path.is_symlink():
             raise UsageError(f"{path} is a link, and what it points to is not uploaded: copy the file there.")
     located = locate(f"local-dir:{folder}")
-    measured = json.loads(found["results.json"].read_text(encoding="utf-8")) if "results.json" in found else {}
+    measured = read(found["results.json"], Checkpoint) if "results.json" in found else Checkpoint()
     sha256 = file_sha256(folder / WEIGHTS)
     parts = [_own_results(path, sha256) for path in compared]
     if parts:
@@ -242,11 +243,8 @@ def gather(
     return {"README.md": text.encode(), **files}
 
 
-def _own_results(path: Path, sha256: str) -> dict[str, Any]:
-    try:
-        own = own_results(json.loads(path.read_text(encoding="utf-8")), sha256)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f"{path} is not a results.json of timm-etf transfer ({first_line(e)}).") from e
+def _own_results(path: Path, sha256: str) -> Own:
+    own = own_results(read(path, Transfer), sha256)
     if own is None:
         raise UsageError(
             f"{path} measured other weights than these (SHA-256 {sha256[:12]}...): run timm-etf transfer on this model."
@@ -254,7 +252,7 @@ def _own_results(path: Path, sha256: str) -> dict[str, Any]:
     return own
 
 
-def _picture(results: dict[str, Any], log: Path | None) -> bytes | None:
+def _picture(results: Checkpoint, log: Path | None) -> bytes | None:
     from timm_etf.hub.picture import draw
 
     with TemporaryDirectory() as folder:

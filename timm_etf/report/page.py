@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from timm_etf.atomic import write_json, write_text
+from timm_etf.atomic import write_text
+from timm_etf.report.results import write as write_results
 
 
 def row(cells: Iterable[str]) -> str:
@@ -23,7 +24,7 @@ def write(out: Path, results: Mapping[str, Any], text: str, draw: Callable[[], M
         draw: Draws the pictures into `out`; gives what each shows, by file name. Called only if matplotlib is there.
     """
     pictures = draw() if find_spec("matplotlib") else {}
-    write_json(out / "results.json", results)
+    write_results(out / "results.json", results)
     shown = (f"![{title}]({name})\n" for name, title in pictures.items())
     write_text(out / "report.md", "\n".join([text, *shown]))
 

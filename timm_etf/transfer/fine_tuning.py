@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from timm_etf.data.images import Images, Splits
+from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError
 from timm_etf.transfer.result import Result, validation_mask
 
@@ -81,7 +82,7 @@ def finetune(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Result:
-    """Fine-tune on a target and score it.
+    """Fine-tune on a target and score it; a function of the seed, whatever the number of loader processes.
 
     Every pair of a learning rate and a weight decay is trained on the training images and scored on the validation
     images; the best is trained again on both. The classifier is fresh and trainable, whatever the backbone was
@@ -167,9 +168,12 @@ class _Runner:
         generator = torch.Generator().manual_seed(self.seed)
         per_epoch = len(images) // size
         epochs = [torch.randperm(len(images), generator=generator) for _ in range(-(-steps // per_epoch))]
-        order = torch.cat([e[: per_epoch * size] for e in epochs]).view(-1, size)[:steps]
+        items = [e[: per_epoch * size] + number * len(images) for number, e in enumerate(epochs)]
         loader: DataLoader[Any] = DataLoader(
-            images, batch_sampler=order.tolist(), num_workers=self.budget.workers, generator=generator
+            SeededDataset(images, self.seed),
+            batch_sampler=torch.cat(items).view(-1, size)[:steps].tolist(),
+            num_workers=self.budget.workers,
+            generator=generator,
         )
         model.train()
         for step, (pixels, labels) in enumerate(loader):

@@ -27,11 +27,6 @@ class Result:
     treatment: str
     chosen: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def features(self) -> str:
-        """`treatment`, by its key in files."""
-        return self.treatment
-
     def accuracy(self, metric: Metric = "top1") -> float:
         """Accuracy in percent."""
         return 100 * float((self.correct * sample_weights(self.y, metric)).mean())

@@ -35,7 +35,7 @@ __all__ = ["Settings", "run", "summary"]
 
 Protocol = Literal["probe", "knn", "finetune", "fewshot"]
 
-_VERSION = 2
+_VERSION = 3
 """Raised when a protocol's numbers change; results of another version are computed again."""
 
 
@@ -208,7 +208,7 @@ def _finish(job: Job, compute: Callable[[], Result]) -> None:
     try:
         result = compute()
         arrays: dict[str, Any] = {"correct": result.correct, "y": result.y}
-        about |= {"features": result.features, "chosen": result.chosen}
+        about |= {"features": result.treatment, "chosen": result.chosen}
     except Exception as e:
         arrays = {"correct": np.zeros(0, np.float32), "y": np.zeros(0, np.int64)}
         about["problem"] = one_line(e)
