@@ -17,7 +17,9 @@ def pretrain(config: tyro.conf.OmitArgPrefixes[PretrainConfig]) -> None:
     """Pretrain a timm architecture with a fixed or a learned classifier (one process; see also accelerate launch)."""
     from timm_etf.pretrain.loop import pretrain, summary
 
-    print(summary(config, pretrain(config)))
+    results = pretrain(config)
+    if is_first_process():
+        print(summary(config, results))
 
 
 @app.command(name="demo")
