@@ -132,7 +132,7 @@ def test_resume_of_another_run_is_refused(images: Path, straight: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
     for changes, says in (
         ({"model": "test_resnet"}, "architecture 'test_resnet_etf', now it is 'test_resnet'"),
-        ({"num_classes": 7}, "num_classes 5, now it is 7"),
+        ({"seed": 1}, "frame_seed 0, now it is 1"),
         ({"batch_size": 4}, "batch_size 8, now it is 4"),
     ):
         with pytest.raises(UsageError, match=f"Cannot resume .*: it was started with {says}"):

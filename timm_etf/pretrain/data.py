@@ -1,8 +1,11 @@
 """Training and validation batches from any timm data set, the same images on any number of processes."""
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -226,7 +229,8 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         self._batches = None  # ends the processes of a stream's last epoch, before others take their place
-        self._batches = super().__iter__()
+        with _signals_wait():
+            self._batches = super().__iter__()
         return self._batches
 
     def close(self) -> None:
@@ -238,12 +242,24 @@ class Loader(DataLoader[Any]):
             self._batches._shutdown_workers()
             for process in self._batches._workers:  # one that hangs, such as in a read from a network disk
                 process.kill()
+                process.join()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Start processes with these signals blocked, so that none hits them before they ignore it."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ignore_signals(worker: int) -> None:
     """Let the main process alone answer Ctrl-C and SIGTERM: it saves a checkpoint while the workers still serve it."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
