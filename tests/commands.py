@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Command:
     ) -> None:
         self.args = [str(a) for a in arguments]
         self._output = tempfile.mkdtemp(prefix="timm_etf-command-")
-        weakref.finalize(self, shutil.rmtree, self._output)
+        weakref.finalize(self, shutil.rmtree, self._output, ignore_errors=True)
         self._process: Any = _server.Process(
             target=_main, args=(code, self.args, dict(env or {}), str(cwd or Path.cwd()), self._output, largest_file)
         )
@@ -101,16 +101,25 @@ def run(*arguments: object, check: bool = False, timeout: float = 120, **options
     return done
 
 
-def start_ranks(count: int, *arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> list[Command]:
-    """Start the processes that torchrun would start on one machine without GPUs: one command for each rank."""
+def start_ranks(
+    count: int,
+    *arguments: object,
+    more: Sequence[Sequence[object]] = (),
+    env: Mapping[str, str] | None = None,
+    **options: Any,
+) -> list[Command]:
+    """Start the processes that torchrun would start on one machine without GPUs: one command for each rank.
+
+    `more` are further arguments for each rank, where they are to differ.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"ACCELERATE_USE_CPU": "true"}
     return [
-        Command(*arguments, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r), **(env or {})}, **options)
-        for r in range(count)
+        Command(*arguments, *rest, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r), **(env or {})}, **options)
+        for r, rest in enumerate(more or [()] * count)
     ]
 
 

@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from tests.pretrain.test_errors import config
-from timm_etf.pretrain.data import EpochSampler, SeededDataset, TrainLoader, _EveryNth, open_splits, val_loader
+from tests.pretrain.runs import config
+from timm_etf.pretrain.data import TrainLoader, _EveryNth, open_task, transforms, val_loader
+from timm_etf.pretrain.sampling import EpochSampler, SeededDataset
 
 
 @given(
@@ -89,18 +91,47 @@ def test_streams_are_shared_out_exactly(world: int) -> None:
 
 def test_a_loader_entered_at_the_end_of_an_epoch_goes_on_with_the_next(images: Path, tmp_path: Path) -> None:
     settings = config(images, tmp_path)
-    splits = open_splits(settings)
-    splits.train.transform = splits.val.transform = timm.data.create_transform(32)  # type: ignore[attr-defined]
-    loader = TrainLoader(splits.train, settings, rank=0, world_size=1)
+    task = open_task(settings)
+    task.train.transform = task.val.transform = timm.data.create_transform(32)  # type: ignore[attr-defined]
+    loader = TrainLoader(task.train, settings, rank=0, world_size=1)
     assert loader.steps_per_epoch == 7
     assert [len(list(loader.epoch(0, first))) for first in (5, 7)] == [2, 0]
     assert len(list(loader.epoch(1))) == 7
-    val = [targets for _, targets in val_loader(splits.val, settings, rank=1, world_size=2)]
+    val = [targets for _, targets in val_loader(task.val, settings, rank=1, world_size=2)]
     assert sum(map(len, val)) == 18  # of 37
 
 
-def test_readable_by_datasets_too(images: Path) -> None:
-    import datasets
+def _batches(
+    shards: Path, epochs: list[tuple[int, int]], *, seed: int = 0, rank: int = 0, workers: int = 1
+) -> list[torch.Tensor]:
+    """The images that a fresh loader gives for each (epoch, first step)."""
+    split = "train-{0000..0001}.tar|122"
+    settings = config(
+        shards, Path("run"), dataset="wds/x", train_split=split, num_classes=5, seed=seed, workers=workers
+    )
+    train: Any = timm.data.create_dataset(
+        "wds/x", root=str(shards), split=split, is_training=True, batch_size=16, seed=seed, num_samples=122
+    )
+    net = timm.create_model("test_resnet")
+    train.transform, _ = transforms(settings, timm.data.resolve_data_config({"input_size": (3, 32, 32)}, model=net))
+    loader = TrainLoader(train, settings, rank, world_size=1 + rank)
+    try:
+        return [torch.cat([images for images, _ in loader.epoch(*at)]) for at in epochs]
+    finally:
+        loader.loader.close()
 
-    loaded = datasets.load_dataset("imagefolder", data_dir=str(images), cache_dir=str(images.parent / "cache"))
-    assert {k: len(v) for k, v in loaded.items()} == {"train": 122, "validation": 37}
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stream_depends_on_seed_rank_and_epoch_alone(shards: Path, workers: int) -> None:
+    first, second = _batches(shards, [(0, 0), (1, 0)], workers=workers)
+    (resumed,) = _batches(shards, [(1, 0)], workers=workers)
+    assert torch.equal(resumed, second)  # not what the first epoch drew
+    (entered,) = _batches(shards, [(1, 3)], workers=workers)
+    assert torch.equal(entered, second[3 * 16 :])
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    assert torch.equal(_batches(shards, [(0, 0)], workers=workers)[0], first)
+    assert not torch.equal(first[:48], second[:48])
+    (other_seed,) = _batches(shards, [(0, 0)], seed=1, workers=workers)
+    assert not torch.equal(other_seed, first)
+    (other_rank,) = _batches(shards, [(0, 0)], rank=1, workers=workers)  # half as many steps
+    assert not torch.equal(other_rank, first[: len(other_rank)])

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 import timm_etf
-from tests.pretrain.test_errors import config
-from tests.pretrain.test_run import lines, weights
+from tests.pretrain.runs import config, lines, weights
 from timm_etf.losses import FeatureEntropyLoss
+from timm_etf.pretrain import data
 from timm_etf.pretrain.loop import pretrain
-from timm_etf.pretrain.objective import Objective
+from timm_etf.pretrain.objective import Objective, features_into
 
 
 def objective(model: str = "test_resnet_etf", kwargs: dict[str, object] | None = None, **changes: object) -> tuple:
     torch.manual_seed(0)
     net = timm.create_model(model, num_classes=5, **kwargs or {}).eval()
     settings = config(Path("data"), Path("run"), model=model, **changes)
-    return net, Objective(settings, net, 5)
+    return net, Objective(settings, net)
 
 
 IMAGES, TARGETS = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
@@ -34,9 +34,11 @@ def test_cross_entropy_with_label_smoothing_is_timms() -> None:
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}], ids=str)
 def test_mixup_is_timms_with_the_smoothing_in_its_targets(alphas: dict[str, float]) -> None:
     net, loss = objective(smoothing=0.1, **alphas)
+    ours_mix = data.mixup(config(Path("data"), Path("run"), smoothing=0.1, **alphas), 5)
+    assert ours_mix is not None
     for seed in range(4):
         np.random.seed(seed)
-        ours = loss(net, IMAGES.clone(), TARGETS)
+        ours = loss(net, *ours_mix(IMAGES.clone(), TARGETS))
         np.random.seed(seed)
         mixup = timm.data.Mixup(alphas.get("mixup", 0), alphas.get("cutmix", 0), label_smoothing=0.1, num_classes=5)
         images, targets = mixup(IMAGES.clone(), TARGETS)
@@ -52,10 +54,17 @@ def test_dot_regression_takes_the_classifiers_scale() -> None:
 @pytest.mark.parametrize("kwargs", [{}, {"projector": "mlp"}, {"frame": "learned"}], ids=str)
 def test_the_entropy_term_is_that_of_the_backbones_features(kwargs: dict[str, object]) -> None:
     net, loss = objective(kwargs=kwargs, feature_entropy=0.5, smoothing=0.0)
-    net.get_classifier().train()  # features are kept while training alone; the backbone's norms stay as they are
     features = net.forward_head(net.forward_features(IMAGES), pre_logits=True)
     expected = nn.functional.cross_entropy(net(IMAGES), TARGETS) + 0.5 * FeatureEntropyLoss()(features)
     torch.testing.assert_close(loss(net, IMAGES, TARGETS), expected)
+
+
+def test_features_are_collected_only_while_asked_for() -> None:
+    net, _ = objective()
+    with features_into(net) as features:
+        net(IMAGES), net(IMAGES[:2])
+    net(IMAGES)
+    assert [x.shape for x in features] == [(6, 96), (2, 96)]
 
 
 def test_a_run_with_all_of_it_resumes_to_the_same_weights(images: Path, tmp_path: Path) -> None:
@@ -97,13 +106,17 @@ def test_a_run_with_all_of_it_resumes_to_the_same_weights(images: Path, tmp_path
     assert net.num_classes == 0
 
 
-def test_a_thousand_classes_on_a_narrow_whitened_backbone(images: Path, tmp_path: Path) -> None:
-    # More classes than 2d, whitening and dot regression together, through to an export that loads.
+def test_a_thousand_classes_on_a_narrow_whitened_backbone(shards: Path, tmp_path: Path) -> None:
+    # More classes than 2d, whitening and dot regression together, through to an export that loads. Shards do not say
+    # how many classes there are.
     pretrain(
         config(
-            images,
+            shards,
             tmp_path / "run",
             model="test_resnet_sw_etf",
+            dataset="wds/x",
+            train_split="train-{0000..0001}.tar|122",
+            val_split="validation-0000.tar|37",
             num_classes=300,
             loss="dot_regression",
             model_kwargs=("feature_norm=True",),

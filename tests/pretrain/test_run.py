@@ -1,8 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,35 +11,20 @@ import torch
 from safetensors.torch import load_file
 
 import timm_etf
-from tests.pretrain.test_errors import config
+from tests import commands
+from tests.pretrain.runs import arguments, assert_same, config, lines, wait_for_checkpoint, weights
 from timm_etf import FixedClassifier, UsageError, frames
 from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.pretrain.loop import pretrain
 
-ARGUMENTS = (
-    "--epochs 6 --warmup-epochs 1 --batch-size 8 --img-size 32 --workers 0 --opt adamw --lr 0.003 "
-    "--scale 0.8 1 --hflip 0 --model-kwargs drop_rate=0.2"
-).split()
-
-
-def command(images: Path, out: Path, *more: str) -> list[str]:
-    verb = [sys.executable, "-m", "timm_etf.pretrain", "--model", "test_resnet_etf"]
-    return [*verb, "--data-dir", str(images), "--out", str(out), *ARGUMENTS, *more]
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "export" / "model.safetensors")
+pytestmark = pytest.mark.xdist_group("pretrain-run")  # which shares the straight run
 
 
 @pytest.fixture(scope="module")
 def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was never interrupted."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    subprocess.run(command(images, out), check=True, capture_output=True, timeout=120)
+    commands.run(*arguments(images, out), check=True)
     return out
 
 
@@ -61,7 +44,7 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path) -> None:
     assert results["source"]["top1"] == log[-1]["top1"]
 
 
-def _validate_by_hand(run: Path, images: Path) -> dict[str, float]:
+def validate_by_hand(run: Path, images: Path) -> dict[str, float]:
     """Accuracy in percent and the geometry of the features, one image at a time, with plain timm's model."""
     net = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
     dataset = timm.data.create_dataset("", root=str(images / "validation"))
@@ -75,39 +58,46 @@ def _validate_by_hand(run: Path, images: Path) -> dict[str, float]:
 
 
 def test_accuracy_and_geometry_are_those_of_the_exported_model_in_plain_timm(straight: Path, images: Path) -> None:
-    expected = _validate_by_hand(straight, images)
+    expected = validate_by_hand(straight, images)
     assert {k: lines(straight)[-1][k] for k in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_and_resumed_is_the_straight_run(
-    images: Path, straight: Path, tmp_path: Path, signum: signal.Signals, workers: str
+    images: Path, straight: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(images, out, "--workers", workers), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    _wait_for_checkpoint(out, process)
-    os.killpg(process.pid, signum)  # the loader's processes receive it too, as they do from a terminal
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
-    assert "The same command with --resume continues from it." in stderr
+    command = commands.Command(*arguments(images, out, "--workers", 2))
+    wait_for_checkpoint(out, command)
+    # The loader's processes receive it too, as they do from a terminal or a scheduler.
+    command.send_signal_to_group(signum)
+    assert command.wait(timeout=60) == 128 + signum
+    assert "The same command with --resume continues from it." in command.stderr
+    _assert_gone(command.pid)
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert not (out / "export").exists()
     assert not checkpoint.name.startswith("epoch-0006")
-    subprocess.run(command(images, out, "--resume"), check=True, capture_output=True, timeout=120)
-    ours, theirs = weights(out), weights(straight)
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    # Not only the weights: the losses too, which are a mean over steps before and after the interruption.
-    assert [r["train_loss"] for r in lines(out)] == [r["train_loss"] for r in lines(straight)]
+    commands.run(*arguments(images, out, "--resume"), check=True)
+    assert_same(out, straight)
+
+
+def _assert_gone(group: int) -> None:
+    """No process of the group is left."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("processes of the command are left")
 
 
 def test_killed_leaves_nothing_half_written_and_resumes(images: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(command(images, out), stderr=subprocess.DEVNULL)
-    _wait_for_checkpoint(out, process)
-    process.kill()
-    process.wait()
+    command = commands.Command(*arguments(images, out))
+    wait_for_checkpoint(out, command)
+    command.kill()
     json.loads((out / "run.json").read_text())
     whole = [p for p in (out / "checkpoints").iterdir() if p.name.startswith("epoch-")]
     assert whole
@@ -116,85 +106,24 @@ def test_killed_leaves_nothing_half_written_and_resumes(images: Path, straight: 
         json.loads((checkpoint / "position.json").read_text())
     # What a kill in the middle of a save leaves: it is ignored and cleaned away.
     (out / "checkpoints" / ".unfinished-epoch-0009-step-000000").mkdir(exist_ok=True)
-    subprocess.run(command(images, out, "--resume"), check=True, capture_output=True, timeout=120)
+    commands.run(*arguments(images, out, "--resume"), check=True)
     assert [r["epoch"] for r in lines(out)] == [1, 2, 3, 4, 5, 6]
-    assert all(torch.equal(v, weights(straight)[k]) for k, v in weights(out).items())
+    assert_same(out, straight)
     assert not list(out.rglob(".unfinished*"))
 
 
 def test_a_write_that_fails_is_one_line_and_loses_nothing(images: Path, tmp_path: Path) -> None:
-    import resource
-
     # Room for the log and the weights of the first checkpoint, not for its optimizer state: as on a full disk.
     out = tmp_path / "run"
     size = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=5).parameters()) * 4
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.5 * size), int(1.5 * size)))
-
-    done = subprocess.run(
-        command(images, out), capture_output=True, text=True, check=False, timeout=120, preexec_fn=limit
-    )
+    shorter = ("--epochs", 2, "--warmup-epochs", 0)
+    done = commands.run(*arguments(images, out, *shorter), largest_file=int(1.5 * size))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: Cannot write (")
     assert "Traceback" not in done.stderr
     assert not [p for p in (out / "checkpoints").iterdir() if p.name.startswith("epoch-")]
-    subprocess.run(command(images, out, "--resume"), check=True, capture_output=True, timeout=120)
-    assert [r["epoch"] for r in lines(out)] == [1, 2, 3, 4, 5, 6]
-
-
-def _wait_for_checkpoint(out: Path, process: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + 90
-    while not list((out / "checkpoints").glob("epoch-*")):
-        assert process.poll() is None, "the run ended before its first checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_count_every_image_once_and_agree(images: Path, tmp_path: Path, launcher: str) -> None:
-    # accelerate 1.15 starts one process for this command unless there is an MPI; torchrun really starts two.
-    launch = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        "accelerate": "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-        "--dynamo_backend no".split(),
-    }[launcher]
-    out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *command(images, out, "--epochs", "2")[1:]],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("37 validation images") == 1  # one process speaks
-    (last,) = lines(out)[-1:]
-    assert last["count"] == 37
-    expected = _validate_by_hand(out, images)
-    assert {k: last[k] for k in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    run = json.loads((out / "run.json").read_text())
-    if launcher == "torchrun":
-        assert (run["settings"]["processes"], run["steps_per_epoch"]) == (2, 122 // 16)
-    elif run["settings"]["processes"] == 1:
-        assert "accelerate launched a single process" in done.stderr
-
-
-def test_two_processes_are_interrupted_and_resumed_exactly(images: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    straight, out = tmp_path / "straight", tmp_path / "run"
-    subprocess.run([*launch, *command(images, straight)[1:]], check=True, capture_output=True, env=env, timeout=120)
-    process = subprocess.Popen([*launch, *command(images, out)[1:]], stderr=subprocess.DEVNULL, env=env)
-    _wait_for_checkpoint(out, process)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
-    process.wait(timeout=60)
-    assert not (out / "export").exists()
-    subprocess.run(
-        [*launch, *command(images, out, "--resume")[1:]], check=True, capture_output=True, env=env, timeout=120
-    )
-    assert all(torch.equal(v, weights(straight)[k]) for k, v in weights(out).items())
+    commands.run(*arguments(images, out, *shorter, "--resume"), check=True)
+    assert [r["epoch"] for r in lines(out)] == [1, 2]
 
 
 def test_resume_of_another_run_is_refused(images: Path, straight: Path) -> None:
@@ -203,7 +132,7 @@ def test_resume_of_another_run_is_refused(images: Path, straight: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
     for changes, says in (
         ({"model": "test_resnet"}, "architecture 'test_resnet_etf', now it is 'test_resnet'"),
-        ({"num_classes": 7}, "num_classes 5, now it is 7"),
+        ({"seed": 1}, "frame_seed 0, now it is 1"),
         ({"batch_size": 4}, "batch_size 8, now it is 4"),
     ):
         with pytest.raises(UsageError, match=f"Cannot resume .*: it was started with {says}"):
@@ -230,22 +159,27 @@ def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
 
 def test_both_heads_start_from_the_same_backbone(images: Path, tmp_path: Path) -> None:
     # With a learning rate near zero the runs end where they started.
-    for name, head in (("fixed", "etf"), ("free", "learned")):
-        pretrain(config(images, tmp_path / name, model="test_resnet", head=head, lr=1e-30, weight_decay=0.0))
+    for name, model in (("fixed", "test_resnet_etf"), ("free", "test_resnet")):
+        pretrain(config(images, tmp_path / name, model=model, lr=1e-30, weight_decay=0.0, seed=3))
     ours, theirs = weights(tmp_path / "fixed"), weights(tmp_path / "free")
     assert ours.keys() == theirs.keys()
     differ = {k for k in ours if not torch.allclose(ours[k], theirs[k], atol=1e-20, rtol=0)}
     assert differ == {"fc.weight", "fc.bias"}
+    # The frame varies with the seed, unless it has one of its own.
+    assert torch.equal(ours["fc.weight"], frames.simplex(5, 96, seed=3).float())
+    assert json.loads((tmp_path / "fixed" / "run.json").read_text())["settings"]["frame_seed"] == 3
+    pretrain(config(images, tmp_path / "own", lr=1e-30, weight_decay=0.0, seed=3, frame_seed=4))
+    assert torch.equal(weights(tmp_path / "own")["fc.weight"], frames.simplex(5, 96, seed=4).float())
 
 
 @pytest.mark.parametrize("kind", ["hfds-folder", "hfds-parquet", "hfids-parquet", "wds"])
-def test_timms_other_readers(images: Path, tmp_path: Path, kind: str) -> None:
-    changes: dict[str, Any] = {"model": "test_resnet", "head": "etf", "data_dir": None, "num_classes": None}
+def test_timms_other_readers(images: Path, shards: Path, tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"data_dir": None}
     if kind == "hfds-folder":
         changes["dataset"] = f"hfds/{images}"
     elif kind == "wds":
-        changes |= {"dataset": "wds/x", "data_dir": _shards(images, tmp_path / "wds"), "num_classes": 5}
-        changes |= {"train_split": "train-0000.tar|122", "val_split": "validation-0000.tar|37"}
+        changes |= {"dataset": "wds/x", "data_dir": shards, "num_classes": 5}
+        changes |= {"train_split": "train-{0000..0001}.tar|122", "val_split": "validation-0000.tar|37"}
     else:
         changes["dataset"] = f"{kind.partition('-')[0]}/{_parquet(images, tmp_path / 'parquet')}"
         if kind.startswith("hfids"):  # a stream that does not know its length
@@ -261,16 +195,4 @@ def _parquet(images: Path, root: Path) -> Path:
     loaded = datasets.load_dataset("imagefolder", data_dir=str(images), cache_dir=str(root / "cache"))
     for split, data in loaded.items():
         data.to_parquet(str(root / "data" / f"{split}-00000-of-00001.parquet"))
-    return root
-
-
-def _shards(images: Path, root: Path) -> Path:
-    import webdataset
-
-    root.mkdir()
-    for split in ("train", "validation"):
-        with webdataset.TarWriter(str(root / f"{split}-0000.tar")) as tar:
-            for number, path in enumerate(sorted((images / split).rglob("*.png"))):
-                label = str(int(path.parent.name[-1])).encode()
-                tar.write({"__key__": f"{number:05d}", "png": path.read_bytes(), "cls": label})
     return root

@@ -9,11 +9,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from timm_etf.errors import UsageError
+from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
 
 _POSITION = "position.json"
-_FREE_TO_CHANGE = {"out", "data_dir", "workers", "tracker", "resume", "amp", "model", "head"}
+_FREE_TO_CHANGE = {"out", "data_dir", "workers", "tracker", "resume", "amp", "model"}
 """Settings that a resumed run may change; the model is compared by its resolved architecture."""
 
 
@@ -31,6 +31,7 @@ def fingerprint(config: PretrainConfig, num_classes: int, world_size: int) -> di
     """The settings that decide what a run computes; a checkpoint fits a run with the same ones."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_TO_CHANGE}
     settings |= {"architecture": config.architecture, "num_classes": num_classes, "processes": world_size}
+    settings["frame_seed"] = config.seed if config.frame_seed is None else config.frame_seed
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -40,10 +41,13 @@ def check_resume(out: Path, expected: dict[str, Any]) -> None:
     Raises:
         UsageError: If there is no run in `out`, or it differs; the message names the first difference.
     """
+    record = out / "run.json"
+    if not record.exists():
+        raise UsageError(f"No run to resume in {out}: leave out --resume to start one.")
     try:
-        recorded = json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        raise UsageError(f"No run to resume in {out}: leave out --resume to start one.") from None
+        recorded = dict(json.loads(record.read_text(encoding="utf-8"))["settings"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UsageError(f"{record} is damaged ({first_line(e)}): restore it, or start again elsewhere.") from None
     # The model comes first in the message: its other settings differ because of it.
     for key in ("architecture", "num_classes", *sorted(expected)):
         if recorded.get(key) != expected[key]:
@@ -98,7 +102,7 @@ def load_newest(accelerator: Accelerator, out: Path) -> Position:
         return Position(**json.loads((checkpoints[-1] / _POSITION).read_text(encoding="utf-8")))
     except Exception as e:  # torch, safetensors and json each have their own errors for a damaged file
         raise UsageError(
-            f"Cannot read the checkpoint {checkpoints[-1]} ({type(e).__name__}: {str(e).splitlines()[0]}): restore it, "
+            f"Cannot read the checkpoint {checkpoints[-1]} ({type(e).__name__}: {first_line(e)}): restore it, "
             "or start again with another --out."
         ) from e
 

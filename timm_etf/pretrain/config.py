@@ -2,13 +2,46 @@
 
 import ast
 import difflib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from timm_etf.errors import UsageError
 
-Head = Literal["etf", "learned"]
+_READERS = ("hfds", "hfids", "tfds", "torch", "wds")
+"""Prefixes of timm's data sets; any other name it would take for an image folder."""
+
+_SCHEDULES = ("constant", "cosine", "multistep", "none", "poly", "rsqrt", "step", "tanh", "wsd")
+"""timm's schedules that can be stepped at every update: all but plateau, which waits for a metric."""
+
+_RANGES = {
+    "num_classes": "[2, inf)",
+    "img_size": "[1, 4096]",
+    "mean": "(-inf, inf)",
+    "std": "(0, inf)",
+    "crop_pct": "(0, 1]",
+    "scale": "(0, 1]",
+    "ratio": "(0, inf)",
+    "hflip": "[0, 1]",
+    "color_jitter": "[0, inf)",
+    "reprob": "[0, 1]",
+    "epochs": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "lr": "(0, inf)",
+    "momentum": "[0, 1)",
+    "weight_decay": "[0, inf)",
+    "warmup_epochs": "[0, inf)",
+    "smoothing": "[0, 1)",
+    "mixup": "[0, inf)",
+    "cutmix": "[0, inf)",
+    "feature_entropy": "[0, inf)",
+    "seed": "[0, 2147483647]",  # each process adds its number, and numpy takes 32 bits
+    "workers": "[0, inf)",
+}
+"""Interval of each numeric option, or of each of its values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +66,11 @@ class PretrainConfig:
     """Split to validate on after every epoch."""
     num_classes: int | None = None
     """Number of classes, where the data set does not tell (wds)."""
-    head: Head | None = None
-    """Classifier; by default what the model's name says. "etf" turns resnet50 into resnet50_etf."""
-    frame_seed: int = 0
-    """Seed of the fixed classifier's random rotation."""
+    frame_seed: int | None = None
+    """Seed of the fixed classifier's random rotation; by default --seed, so that trainings of several seeds vary it."""
     model_kwargs: tuple[str, ...] = ()
     """Further arguments of the model as NAME=VALUE: the architecture's, such as drop_path_rate=0.1, and the fixed
-    classifier's: frame=gaussian (or learned), logit_scale=16, feature_norm=True, learn_scale=True, projector=mlp."""
+    classifier's: frame=gaussian (or learned), logit_scale=16, feature_norm=yes, learn_scale=yes, projector=mlp."""
 
     img_size: int | None = None
     """Image side in pixels; by default the architecture's own."""
@@ -77,7 +108,7 @@ class PretrainConfig:
     weight_decay: float = 5e-5
     """Weight decay; biases and norms are left out, as timm does."""
     sched: str = "cosine"
-    """timm learning-rate schedule, stepped at every update."""
+    """timm learning-rate schedule, stepped at every update; none keeps --lr."""
     warmup_epochs: int = 5
     """Epochs of linear warm-up, part of --epochs."""
     loss: Literal["cross_entropy", "dot_regression"] = "cross_entropy"
@@ -93,7 +124,7 @@ class PretrainConfig:
     amp: Literal["no", "fp16", "bf16"] | None = None
     """Mixed precision; by default what accelerate was launched with."""
     seed: int = 0
-    """Seed of the weights, of the order of the images and of their augmentation."""
+    """Seed of the weights, of the frame, of the order of the images and of their augmentation."""
     workers: int = 4
     """Loader processes per training process."""
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
@@ -103,10 +134,10 @@ class PretrainConfig:
 
     @property
     def architecture(self) -> str:
-        """timm name of the model, after `--head` has had its say.
+        """timm name of the model.
 
         Raises:
-            UsageError: If timm does not know the name, or `--head` contradicts it.
+            UsageError: If timm does not know the name, or it names weights.
         """
         import timm
 
@@ -114,10 +145,6 @@ class PretrainConfig:
         from timm_etf.variants import SUFFIX, base_name, skipped
 
         name = self.model
-        if self.head == "etf":
-            name = base_name(name) + SUFFIX
-        elif self.head == "learned" and name.endswith(SUFFIX):
-            raise UsageError(f"--head learned contradicts --model {name}: use --model {base_name(name)}.")
         if base_name(name) in skipped and name.endswith(SUFFIX):
             raise UsageError(f"{base_name(name)} has no {SUFFIX} variant: {skipped[base_name(name)]}.")
         if ":" in name or "." in name:
@@ -126,27 +153,27 @@ class PretrainConfig:
                 "out the source and the tag."
             )
         if not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists the names."
-            raise UsageError(f"Unknown model {name!r}: {hint}")
+            raise UsageError(_unknown("model", name, timm.list_models(), "timm.list_models() lists the names"))
         return name
 
     @property
     def parsed_model_kwargs(self) -> dict[str, Any]:
-        """`model_kwargs` as a dictionary; values are Python literals, or text where they are none.
+        """`model_kwargs` as a dictionary; values are Python literals, yes, no, true or false, or else text.
 
         Raises:
-            UsageError: If one is not NAME=VALUE.
+            UsageError: If one is not NAME=VALUE, or has an option of its own.
         """
         parsed: dict[str, Any] = {}
         for item in self.model_kwargs:
             name, equals, value = item.partition("=")
             if not equals or not name.isidentifier():
                 raise UsageError(f"--model-kwargs takes NAME=VALUE, got {item!r}.")
+            if name == "frame_seed":
+                raise UsageError("--model-kwargs frame_seed has an option of its own: use --frame-seed.")
             try:
                 parsed[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
-                parsed[name] = value
+                parsed[name] = {"yes": True, "true": True, "no": False, "false": False}.get(value.lower(), value)
         return parsed
 
     def check(self) -> None:
@@ -156,24 +183,59 @@ class PretrainConfig:
             UsageError: With the option to change.
         """
         self.architecture, self.parsed_model_kwargs  # noqa: B018 - both check what they parse
-        for option in ("epochs", "batch_size"):
-            if getattr(self, option) < 1:
-                raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(self, option)}.")
-        if not self.lr > 0:
-            raise UsageError(f"--lr must be positive, got {self.lr}.")
+        self._check_ranges()
+        self._check_names()
         for option in ("mean", "std"):
             if len(getattr(self, option) or ()) not in (0, 1, self.in_chans):
                 raise UsageError(f"--{option} takes one value for all channels or {self.in_chans}, one for each.")
-        if not 0 <= self.warmup_epochs < self.epochs:
+        if self.warmup_epochs >= self.epochs:
             raise UsageError(f"--warmup-epochs must be less than --epochs ({self.epochs}), got {self.warmup_epochs}.")
-        for option in ("mixup", "cutmix", "feature_entropy"):
-            if getattr(self, option) < 0:
-                raise UsageError(f"--{option.replace('_', '-')} must be at least 0, got {getattr(self, option)}.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(f"Mixup pairs the images of a batch: --batch-size must be even, got {self.batch_size}.")
         if self.feature_entropy and self.batch_size < 2:
             raise UsageError("--feature-entropy compares the images of a batch: --batch-size must be at least 2.")
-        if self.workers < 0:
-            raise UsageError(f"--workers must be at least 0, got {self.workers}.")
         if self.data_dir is None and self.dataset == "folder":
             raise UsageError("Give the images' folder with --data-dir, or a data set with --dataset hfds/NAME.")
+        if any(parent.exists() and not parent.is_dir() for parent in (self.out, *self.out.parents)):
+            raise UsageError(f"--out {self.out} is a file, or below one: choose a folder.")
+        if self.data_dir and self.out.resolve().is_relative_to(self.data_dir.resolve()):
+            raise UsageError(f"--out {self.out} lies within the images of --data-dir: choose a folder outside of it.")
+
+    def _check_ranges(self) -> None:
+        for option, interval in _RANGES.items():
+            value = getattr(self, option)
+            values = () if value is None else value if isinstance(value, tuple) else (value,)
+            low, high = map(float, interval[1:-1].split(","))
+            for v in values:
+                above = v >= low if interval[0] == "[" else v > low
+                below = v <= high if interval[-1] == "]" else v < high
+                if not (above and below and math.isfinite(v)):
+                    raise UsageError(f"--{option.replace('_', '-')} must be in {interval}, got {v}.")
+        for option in ("scale", "ratio"):
+            low, high = getattr(self, option)
+            if low > high:
+                raise UsageError(f"--{option} takes the smaller value first, got {low} {high}.")
+
+    def _check_names(self) -> None:
+        import timm.optim
+
+        prefix, slash, _ = self.dataset.partition("/")
+        if self.dataset != "folder" and not (slash and prefix.lower() in _READERS):
+            names = ", ".join(f"{reader}/NAME" for reader in _READERS)
+            raise UsageError(f"Unknown --dataset {self.dataset!r}: use folder, {names}.")
+        optimizers = [str(name) for name in timm.optim.list_optimizers()]
+        if self.opt.lower().removeprefix("lookahead_") not in optimizers:
+            raise UsageError(_unknown("--opt", self.opt, optimizers, "timm.optim.list_optimizers() lists the names"))
+        if self.sched not in _SCHEDULES:
+            raise UsageError(_unknown("--sched", self.sched, _SCHEDULES, f"use one of {', '.join(_SCHEDULES)}"))
+        if self.tracker:
+            try:
+                version(self.tracker)
+            except PackageNotFoundError:
+                fix = f"pip install 'timm_etf[{self.tracker}]'"
+                raise UsageError(f"--tracker {self.tracker} needs a package that is not installed: {fix}.") from None
+
+
+def _unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"Unknown {what} {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"{otherwise}.")

@@ -1,34 +1,34 @@
 """Training and validation batches from any timm data set, the same images on any number of processes."""
 
-import logging
-import random
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
-from timm_etf.errors import UsageError
+from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
-
-_logger = logging.getLogger(__name__)
+from timm_etf.pretrain.sampling import EpochSampler, SeededDataset, SeededStream
 
 CHECKED_IMAGES = 20_000
 """Images decoded before training starts: all of a small set, an even sample of a larger one."""
 
 
 @dataclass(frozen=True)
-class Splits:
-    """The two splits, before they know the model's transforms."""
+class Task:
+    """What to train and to validate on: timm's data sets, before they know the model's transforms."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -36,7 +36,7 @@ class Splits:
     class_names: list[str] | None
 
 
-def open_splits(config: PretrainConfig) -> Splits:
+def open_task(config: PretrainConfig) -> Task:
     """Open both splits and check that they make a classification task.
 
     Raises:
@@ -55,21 +55,15 @@ def open_splits(config: PretrainConfig) -> Splits:
             )
         # timm numbers the classes of each folder by itself, so a class missing here would shift all others.
         val = _open(config, config.val_split, is_training=False, class_map=train_classes)
-    root = getattr(getattr(train, "reader", None), "root", None)
-    if config.dataset == "folder" and root is not None and root == getattr(val.reader, "root", None):
-        raise UsageError(
-            f"{config.data_dir} has no folders {config.train_split!r} and {config.val_split!r}: "
-            "put the class folders of each split into its own, or name them with --train-split and --val-split."
-        )
     num_classes = config.num_classes or len(train_classes)
     if num_classes == 0:
         raise UsageError(f"{config.dataset} does not tell its number of classes: give it with --num-classes.")
     if num_classes < 2:
         raise UsageError(f"{config.data_dir or config.dataset} has one class only; a classifier needs at least two.")
-    if len(train_classes) > num_classes:
-        raise UsageError(f"The data has {len(train_classes)} classes, more than --num-classes {num_classes}.")
+    if train_classes and len(train_classes) != num_classes:
+        raise UsageError(f"The data has {len(train_classes)} classes, not --num-classes {num_classes}: leave it out.")
     names = sorted(train_classes, key=train_classes.__getitem__) if train_classes else None
-    return Splits(train, val, num_classes, [str(n) for n in names] if names else None)
+    return Task(train, val, num_classes, [str(n) for n in names] if names else None)
 
 
 def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: Any = None) -> Any:
@@ -79,10 +73,9 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
         split, _, number = split.partition("|")
         num_samples = int(number) if number.isdecimal() else None
     root = str(config.data_dir) if config.data_dir else None
-    if not name and not Path(root or "").exists():
-        raise UsageError(f"No data at {root}: give the folder that holds {config.train_split!r} with --data-dir.")
+    folders = None if name else _folders(config)
     try:
-        return timm.data.create_dataset(
+        dataset = timm.data.create_dataset(
             name,
             root=root,
             split=split,
@@ -94,8 +87,37 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
             input_img_mode="L" if config.in_chans == 1 else "RGB",
         )
     except Exception as e:  # every reader has its own kinds of errors, from a missing module to a wrong split name
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UsageError(f"Cannot open the {split!r} split of {name or root}: {reason}") from e
+        raise UsageError(f"Cannot open the {split!r} split of {name or root}: {first_line(e)}") from e
+    if folders is not None:
+        if os.path.realpath(dataset.reader.root) == os.path.realpath(str(root)):
+            # timm found no such folder, and took the images of all splits.
+            there = f"it holds {', '.join(folders[:10])}" if folders else "it holds no folders"
+            option = "--train-split" if is_training else "--val-split"
+            raise UsageError(f"{root} has no folder {split!r} ({there}): name the right one with {option}.")
+        if isinstance(dataset.reader, ReaderImageFolder):  # and not a .tar file
+            _refuse_linked_folders(dataset.reader)
+    return dataset
+
+
+def _folders(config: PretrainConfig) -> list[str]:
+    """Names of the folders in --data-dir."""
+    assert config.data_dir is not None  # see PretrainConfig.check
+    try:
+        return sorted(entry.name for entry in os.scandir(config.data_dir) if entry.is_dir())
+    except FileNotFoundError:
+        fix = f"give the folder that holds {config.train_split!r} with --data-dir"
+        raise UsageError(f"No data at {config.data_dir}: {fix}.") from None
+    except OSError as e:
+        raise UsageError(f"Cannot read --data-dir {config.data_dir} ({e.strerror}).") from None
+
+
+def _refuse_linked_folders(reader: ReaderImageFolder) -> None:
+    """timm follows links, so that a link to a folder above repeats all its images until the system has enough."""
+    real: dict[str, str] = {}
+    for folder in dict.fromkeys(os.path.dirname(path) for path, _ in reader.samples):
+        first = real.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise UsageError(f"{folder} and {first} are one folder, whose images would count twice: remove the link.")
 
 
 def _class_to_idx(dataset: Any) -> dict[Any, int]:
@@ -130,65 +152,8 @@ def _unreadable(item: tuple[Any, int]) -> str | None:
         with source, Image.open(source) as image:
             image.load()
     except Exception as e:  # a decoder may raise anything on hostile bytes
-        return f"{reader.filename(index, absolute=True)} ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        return f"{reader.filename(index, absolute=True)} ({first_line(e)})"
     return None
-
-
-class EpochSampler(Sampler[int]):
-    """Shuffled batches of one process, a function of (seed, epoch, step) alone.
-
-    Every epoch permutes all samples with a generator of its own and splits them into steps of batch_size x world_size;
-    the rest, less than one step, is left out of this epoch. So a run that continues at any step sees what it would
-    have seen, and no sample twice.
-
-    An item is `epoch * num_samples + index`, from which `SeededDataset` recovers both.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        self.num_samples, self.batch_size, self.rank, self.world_size = num_samples, batch_size, rank, world_size
-        self.seed = seed
-        self.epoch = self.first_step = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in a whole epoch."""
-        return self.num_samples // (self.batch_size * self.world_size)
-
-    def start_at(self, epoch: int, step: int) -> None:
-        """Make the next iteration that epoch's, from that step on."""
-        self.epoch, self.first_step = epoch, step
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_samples, generator=generator)
-        steps = order[: self.steps_per_epoch * self.batch_size * self.world_size]
-        mine = steps.view(self.steps_per_epoch, self.world_size, self.batch_size)[self.first_step :, self.rank]
-        return iter((mine.flatten() + self.epoch * self.num_samples).tolist())
-
-    def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.batch_size
-
-
-class SeededDataset(Dataset[Any]):
-    """Images whose random augmentation depends on (seed, epoch, index) alone: not on workers, processes or a resume."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, item: int) -> Any:
-        seed = hash((self.seed, item)) % 2**63  # integers hash alike in every process
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)
-            sample = self.dataset[item % len(self.dataset)]
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        return sample
 
 
 class _EveryNth:
@@ -207,60 +172,94 @@ class TrainLoader:
     """Training batches of one process; `epoch(e, first_step)` iterates over them."""
 
     def __init__(self, dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> None:
-        self.dataset = dataset
-        self.sampler: EpochSampler | None = None
-        num_samples = len(dataset)
+        self.source: EpochSampler | SeededStream
         if isinstance(dataset, IterableDataset):
             dataset.set_loader_cfg(num_workers=config.workers)  # type: ignore[attr-defined]
-            num_samples = dataset.reader.num_samples  # type: ignore[attr-defined]
-            self.loader = _loader(dataset, config, drop_last=True)
+            self.num_samples = dataset.reader.num_samples  # type: ignore[attr-defined]
+            self.source = SeededStream(dataset, config.seed, rank)
+            # Its workers are started anew for every epoch: they shuffle with what they were seeded with at their start.
+            self.loader = Loader(self.source, config, drop_last=True, persistent_workers=False)
         else:
-            self.sampler = EpochSampler(num_samples, config.batch_size, rank, world_size, config.seed)
-            self.loader = _loader(SeededDataset(dataset, config.seed), config, sampler=self.sampler, drop_last=True)
-        self.num_samples = num_samples
-        self.steps_per_epoch = num_samples // (config.batch_size * world_size)
+            self.num_samples = len(dataset)
+            self.source = EpochSampler(self.num_samples, config.batch_size, rank, world_size, config.seed)
+            seeded = SeededDataset(dataset, config.seed)
+            self.loader = Loader(seeded, config, sampler=self.source, drop_last=True)
+        self.steps_per_epoch = self.num_samples // (config.batch_size * world_size)
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"{num_samples} training images do not fill one step of {config.batch_size} x {world_size} processes: "
-                f"use --batch-size {max(1, num_samples // world_size)} or less."
+                f"{self.num_samples} training images do not fill one step of {config.batch_size} x {world_size} "
+                f"processes: use --batch-size {max(1, self.num_samples // world_size)} or less."
             )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Any]:
         """Batches (images, targets) of the given epoch, from `first_step` on."""
-        if self.sampler is not None:
-            self.sampler.start_at(epoch, first_step)
+        if isinstance(self.source, EpochSampler):
+            self.source.start_at(epoch, first_step)
             return iter(self.loader)
         # A stream cannot be entered in the middle: what was seen before is read again and dropped.
-        self.dataset.set_epoch(epoch)
+        self.source.start_at(epoch)
+        self.loader.generator.manual_seed(self.source.loader_seed)
         return islice(iter(self.loader), first_step, self.steps_per_epoch)
 
 
-def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> DataLoader[Any]:
+def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> "Loader":
     """Validation batches of one process: every sample occurs once over all processes, none is padded or dropped."""
     if isinstance(dataset, IterableDataset):
         dataset.reader = _EveryNth(dataset.reader, rank, world_size)  # type: ignore[attr-defined]
-        return _loader(dataset, config)
-    return _loader(Subset(dataset, range(rank, len(dataset), world_size)), config)
+        return Loader(dataset, config)
+    return Loader(Subset(dataset, range(rank, len(dataset), world_size)), config)
 
 
-def _loader(dataset: Any, config: PretrainConfig, **kwargs: Any) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        batch_size=config.batch_size,
-        num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.workers > 0,
-        worker_init_fn=_ignore_signals,
-        # Its own generator, so that making an iterator leaves the model's random state alone.
-        generator=torch.Generator(),
-        **kwargs,
-    )
+class Loader(DataLoader[Any]):
+    """A loader whose processes leave Ctrl-C and SIGTERM to the main process, and which therefore has to be closed."""
+
+    def __init__(self, dataset: Any, config: PretrainConfig, *, persistent_workers: bool = True, **kwargs: Any) -> None:
+        super().__init__(
+            dataset,
+            batch_size=config.batch_size,
+            num_workers=config.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=persistent_workers and config.workers > 0,
+            worker_init_fn=_ignore_signals,
+            # Its own generator, so that making an iterator leaves the model's random state alone.
+            generator=torch.Generator(),
+            **kwargs,
+        )
+        self._batches: Any = None
+
+    def __iter__(self) -> Any:
+        self._batches = None  # ends the processes of a stream's last epoch, before others take their place
+        with _signals_wait():
+            self._batches = super().__iter__()
+        return self._batches
+
+    def close(self) -> None:
+        """End the processes.
+
+        Python ends what is left at its own exit with the SIGTERM that they ignore, and then waits for them for ever.
+        """
+        if self._batches is not None and self.num_workers:
+            self._batches._shutdown_workers()
+            for process in self._batches._workers:  # one that hangs, such as in a read from a network disk
+                process.kill()
+                process.join()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Start processes with these signals blocked, so that none hits them before they ignore it."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ignore_signals(worker: int) -> None:
     """Let the main process alone answer Ctrl-C and SIGTERM: it saves a checkpoint while the workers still serve it."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -288,3 +287,11 @@ def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any
     )
     val = timm.data.create_transform(**shared, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"])
     return train, val
+
+
+def mixup(config: PretrainConfig, num_classes: int) -> timm.data.Mixup | None:
+    """timm's mixup and cutmix, if the run has any; its targets are probabilities, smoothed already."""
+    if not (config.mixup or config.cutmix):
+        return None
+    smoothing = config.smoothing if config.loss == "cross_entropy" else 0.0
+    return timm.data.Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=num_classes)

@@ -1,0 +1,147 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import commands
+from tests.pretrain.runs import arguments, assert_same, lines, wait_for_checkpoint
+from tests.pretrain.test_run import validate_by_hand
+
+pytestmark = pytest.mark.xdist_group("pretrain-processes")
+
+SHORT = ("--epochs", 3)
+
+
+@pytest.fixture(scope="module")
+def two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    first, second = commands.run_ranks(2, *arguments(images, out, *SHORT))
+    assert "37 validation images" in first.stdout
+    assert second.stdout == ""  # one process speaks
+    return out
+
+
+def test_two_processes_count_every_image_once_and_agree(two: Path, images: Path) -> None:
+    last = lines(two)[-1]
+    assert last["count"] == 37
+    expected = validate_by_hand(two, images)
+    assert {k: last[k] for k in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    run = json.loads((two / "run.json").read_text())
+    assert (run["settings"]["processes"], run["steps_per_epoch"]) == (2, 122 // 16)
+
+
+def test_two_processes_draw_different_dropout_and_mixup(two: Path) -> None:
+    (checkpoint,) = (two / "checkpoints").iterdir()
+    ours, theirs = (torch.load(checkpoint / f"random_states_{rank}.pkl", weights_only=False) for rank in range(2))
+    assert not torch.equal(ours["torch_manual_seed"], theirs["torch_manual_seed"])
+    assert ours["numpy_random_seed"][1].tolist() != theirs["numpy_random_seed"][1].tolist()
+    assert ours["random_state"] != theirs["random_state"]
+
+
+def test_two_processes_are_interrupted_and_resumed_exactly(images: Path, two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ranks = commands.start_ranks(2, *arguments(images, out, *SHORT))
+    try:
+        wait_for_checkpoint(out, ranks[0])
+        ranks[1].send_signal(signal.SIGTERM)  # the other learns of it
+        assert [rank.wait(timeout=60) for rank in ranks] == [128 + signal.SIGTERM] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert "The same command with --resume continues from it." in ranks[0].stderr
+    assert not (out / "export").exists()
+    commands.run_ranks(2, *arguments(images, out, *SHORT, "--resume"))
+    assert_same(out, two)
+
+
+def test_different_frames_are_refused(images: Path, tmp_path: Path) -> None:
+    more = [("--frame-seed", 0), ("--frame-seed", 1)]
+    ranks = commands.start_ranks(2, *arguments(images, tmp_path / "run"), more=more)
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [2, 2]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].stderr.splitlines()[-1] == (
+        "error: The processes have computed different frames: install the same versions of torch and timm_etf on all "
+        "machines."
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_accelerate_launch(images: Path, tmp_path: Path) -> None:
+    # accelerate 1.15 starts one process for this command unless there is an MPI.
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    launch += "--dynamo_backend no -m timm_etf.pretrain"
+    verb, *rest = map(str, arguments(images, tmp_path / "run", "--epochs", 2))
+    assert verb == "pretrain"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), *rest], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("37 validation images") == 1
+    if json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["processes"] == 1:
+        assert "accelerate launched a single process" in done.stderr
+
+
+CRASH = """
+import os
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from timm_etf.cli import main
+
+steps = 0
+
+
+def fail(*_):
+    global steps
+    steps += 1
+    if steps == 5 and os.environ.get("RANK", "1") == "1":
+        raise RuntimeError("CUDA out of memory, or so")
+
+
+if __name__ == "__main__":
+    register_optimizer_step_pre_hook(fail)
+    main()
+"""
+
+
+@pytest.mark.parametrize("launch", [[], "-m torch.distributed.run --standalone --nproc-per-node 2".split()])
+def test_a_crash_ends_every_process(images: Path, tmp_path: Path, launch: list[str]) -> None:
+    (tmp_path / "crash.py").write_text(CRASH)
+    command = [sys.executable, *launch, str(tmp_path / "crash.py")]
+    command += map(str, arguments(images, tmp_path / "run", "--workers", 2))
+    with (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen(command, stderr=err, stdout=err, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    try:
+        deadline = time.monotonic() + 120
+        while "RuntimeError: CUDA out of memory, or so" not in (tmp_path / "err").read_text():
+            assert process.poll() is None, (tmp_path / "err").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert process.wait(timeout=15) != 0
+        assert not _processes_of(tmp_path)
+    finally:
+        for pid in _processes_of(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _processes_of(folder: Path) -> list[int]:
+    """Those with the folder in their command line: the launcher, its processes, and their loaders'."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder) in file.read_text():
+                found.append(int(file.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found

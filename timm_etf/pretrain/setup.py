@@ -1,0 +1,245 @@
+"""What a run needs before its first step, made and tried out before anything is written."""
+
+import copy
+import dataclasses
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, parse_flag_from_env, set_seed
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import random_seed
+from torch import nn
+
+from timm_etf.atomic import require_new_folder, write_json, write_text
+from timm_etf.classifier import fixed_classifiers
+from timm_etf.errors import UsageError, first_line
+from timm_etf.pretrain import checkpoint, data
+from timm_etf.pretrain.checkpoint import Position
+from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.pretrain.objective import Objective
+from timm_etf.pretrain.step import Step
+from timm_etf.variants import base_name
+
+
+@dataclass
+class Run:
+    """The parts of a run, ready to train."""
+
+    config: PretrainConfig
+    settings: dict[str, Any]
+    accelerator: Accelerator
+    step: Step
+    train: data.TrainLoader
+    val: data.Loader
+    data_config: dict[str, Any]
+    """timm's preprocessing, exported with the weights."""
+    class_names: list[str] | None
+    position: Position
+    on_record: bool = False
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model without what accelerate put around it."""
+        return self.accelerator.unwrap_model(self.step.model, keep_torch_compile=False)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images over all processes."""
+        return self.config.batch_size * self.accelerator.num_processes
+
+    def record(self) -> None:
+        """Write run.json and start the tracker; only after the first step, so that a failed start leaves nothing."""
+        if self.on_record:
+            return
+        self.on_record = True
+        out, model = self.config.out, self.plain_model
+        if self.accelerator.is_main_process:
+            packages = ("timm_etf", "torch", "timm", "accelerate", "safetensors", "huggingface_hub")
+            record = {
+                "settings": self.settings,
+                "command": {k: str(v) for k, v in dataclasses.asdict(self.config).items() if v is not None},
+                "data_config": self.data_config,
+                "train_images": self.train.num_samples,
+                "steps_per_epoch": self.train.steps_per_epoch,
+                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "fixed_classifiers": [name for name, _ in fixed_classifiers(model)],
+                "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+            }
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "run.json", record)
+            if self.config.data_dir and (licenses := self.config.data_dir / "LICENSES.md").exists():
+                write_text(out / "DATA_LICENSES.md", licenses.read_text(encoding="utf-8"))
+        if self.config.tracker:
+            self.accelerator.init_trackers("timm_etf", config={k: str(v) for k, v in self.settings.items()})
+
+    def close(self) -> None:
+        """End the loaders' processes."""
+        self.train.loader.close()
+        self.val.close()
+
+
+def setup(config: PretrainConfig) -> Run:
+    """Open the data, build and try out the model and what trains it, and continue from a checkpoint.
+
+    Every process does so, and finds what is wrong by itself.
+
+    Args:
+        config: The run's settings.
+
+    Returns:
+        The run, of which nothing is written yet.
+
+    Raises:
+        UsageError: For settings or data that cannot work.
+    """
+    config.check()
+    if not config.resume:
+        require_new_folder(config.out, "continue that run with --resume, or choose another --out")
+    accelerator = _accelerator(config)
+    task = data.open_task(config)
+    settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes)
+    if config.resume:
+        checkpoint.check_resume(config.out, settings)
+    set_seed(config.seed)
+    model = _create_model(config, settings["frame_seed"], task.num_classes)
+    objective, mixup = Objective(config, model), data.mixup(config, task.num_classes)
+    data_config = _data_config(config, model)
+    with _blaming("--auto-augment and the other options of the images"):
+        transforms = data.transforms(config, data_config)
+        images = _blank_batch(config, *transforms)
+    task.train.transform, task.val.transform = transforms  # type: ignore[attr-defined]
+    train = data.TrainLoader(task.train, config, accelerator.process_index, accelerator.num_processes)
+    val = data.val_loader(task.val, config, accelerator.process_index, accelerator.num_processes)
+    with _blaming("--img-size, --batch-size and --model-kwargs"):
+        batch = images, torch.arange(len(images))
+        # In a copy, because it changes the model's statistics.
+        objective(copy.deepcopy(model).train(), *(mixup(*batch) if mixup else batch))
+    with _blaming("--opt"):
+        optimizer: Any = create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+    with _blaming("--sched"):
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=train.steps_per_epoch,
+        )
+    if accelerator.is_main_process:
+        data.check_images(task.train, task.val)
+    _require_same_frames(model)
+    # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
+    random_seed(config.seed, accelerator.process_index)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    step = Step(accelerator, prepared, optimizer, schedule, objective, mixup)
+    position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
+    return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
+
+
+def _accelerator(config: PretrainConfig) -> Accelerator:
+    """accelerate's view of this process, if the launcher asks for nothing that training does not do."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UsageError(
+                f"The launcher asks for {name}, which pretraining cannot do: switch it off in accelerate config, or "
+                "launch with torchrun."
+            )
+    if (
+        os.environ.get("ACCELERATE_USE_CPU") == "True"
+        and "MASTER_ADDR" in os.environ
+        and "WORLD_SIZE" not in os.environ
+    ):
+        # accelerate sets the address for several processes, but starts one unless it is told of an MPI.
+        print(
+            "warning: accelerate launched a single process; several on the CPU need --mpirun_hostfile, or "
+            "ACCELERATE_USE_CPU=true torchrun --nproc-per-node N -m timm_etf.pretrain ...",
+            file=sys.stderr,
+        )
+    folder = str(config.out) if config.tracker else None
+    with _blaming("--amp and accelerate config"):
+        accelerator = Accelerator(mixed_precision=config.amp, log_with=config.tracker, project_dir=folder)
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise UsageError(
+            f"The launcher asks for gradient_accumulation_steps {steps}, which pretraining cannot do: set it to 1 and "
+            "choose --batch-size and --lr for the batch that fits."
+        )
+    return accelerator
+
+
+@contextmanager
+def _blaming(options: str) -> Iterator[None]:
+    """Turn any error of a library into one line that names the options it comes from."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as e:  # timm, torch and PIL each have their own kinds
+        raise UsageError(f"These settings cannot work ({type(e).__name__}: {first_line(e)}): check {options}.") from e
+
+
+def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int) -> nn.Module:
+    kwargs = config.parsed_model_kwargs
+    name = config.architecture
+    if name != base_name(name):
+        kwargs["frame_seed"] = frame_seed
+    try:
+        return timm.create_model(name, num_classes=num_classes, in_chans=config.in_chans, **_img_size(config), **kwargs)
+    except UsageError as e:
+        raise UsageError(f"{name}: {e}") from None
+    except Exception as e:  # an argument that this architecture does not take, or a value that some layer refuses
+        raise UsageError(f"{name}: {first_line(e).rstrip('.')}. Check --model-kwargs.") from e
+
+
+def _img_size(config: PretrainConfig) -> dict[str, Any]:
+    """`img_size` for the architectures whose input size is fixed when they are built; the others take any."""
+    cfg = timm.get_pretrained_cfg(config.architecture)
+    return {"img_size": config.img_size} if config.img_size and cfg is not None and cfg.fixed_input_size else {}
+
+
+def _data_config(config: PretrainConfig, model: nn.Module) -> dict[str, Any]:
+    """timm's preprocessing of this model with the run's changes."""
+    size = {"input_size": (config.in_chans, config.img_size, config.img_size)} if config.img_size else {}
+    changes = {"mean": config.mean, "std": config.std, "crop_pct": config.crop_pct, **size}
+    resolved = timm.data.resolve_data_config({k: v for k, v in changes.items() if v is not None}, model=model)
+    resolved["input_size"] = (config.in_chans, *resolved["input_size"][1:])
+    for option in ("mean", "std"):
+        values = resolved[option]
+        if len(values) != config.in_chans:  # an architecture's colour statistics for grey images: their mean
+            resolved[option] = (sum(values) / len(values),) * config.in_chans
+    return resolved
+
+
+def _blank_batch(config: PretrainConfig, train: Any, val: Any) -> torch.Tensor:
+    """Two blank images as training sees them (one, if its batches are of one)."""
+    blank = Image.new("L" if config.in_chans == 1 else "RGB", (64, 64))
+    val(blank)
+    return torch.stack([train(blank) for _ in range(min(2, config.batch_size))])
+
+
+def _require_same_frames(model: nn.Module) -> None:
+    """Processes on machines of different kinds may compute different spherical codes, and frames are not exchanged."""
+    heads = [head for _, head in fixed_classifiers(model)]
+    mine = []
+    for head in heads:
+        w_KD = head.weight.double().flatten(1)
+        # Unlike the plain sum over classes, which is zero for every simplex, this tells frames apart.
+        mine += (torch.linspace(0, 1, len(w_KD), dtype=torch.float64) @ w_KD / w_KD[0].norm()).tolist()
+    for other in gather_object([mine]):
+        if not torch.allclose(torch.tensor(other), torch.tensor(mine), rtol=0, atol=1e-3):
+            fix = "install the same versions of torch and timm_etf on all machines"
+            if any(head.frame == "spherical_code" for head in heads):
+                fix = "copy one machine's huggingface_hub assets cache (HF_ASSETS_CACHE) to the others"
+            raise UsageError(f"The processes have computed different frames: {fix}.")
