@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from tests.pretrain.runs import config
+from timm_etf.data.seeded import SeededDataset
 from timm_etf.pretrain.data import TrainLoader, _EveryNth, open_task, transforms, val_loader
-from timm_etf.pretrain.sampling import EpochSampler, SeededDataset
+from timm_etf.pretrain.sampling import EpochSampler
 
 
 @given(

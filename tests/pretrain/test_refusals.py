@@ -223,8 +223,8 @@ def test_what_is_there_is_not_touched(images: Path, tmp_path: Path) -> None:
     [
         ("file", "file is a file, or below one: choose a folder"),
         ("file/run", "file/run is a file, or below one: choose a folder"),
-        ("data/train/run", "lies within the images of --data-dir: choose a folder outside"),
-        ("data", "lies within the images of --data-dir: choose a folder outside"),
+        ("data/train/run", "lies among the images of 'train': choose a folder outside"),
+        ("data", "already exists and is not empty"),
     ],
 )
 def test_out_is_a_folder_of_its_own(tmp_path: Path, out: str, says: str) -> None:

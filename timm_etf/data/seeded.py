@@ -1,6 +1,8 @@
-"""Images whose random augmentation is a function of a seed and their place, whoever loads them."""
+"""Random augmentation as a function of a seed and an image's place, whoever loads it."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,6 @@ from torch.utils.data import Dataset
 
 class SeededDataset(Dataset[Any]):
     """Images whose random augmentation depends on (seed, epoch, index) alone: not on workers, processes or a resume.
-
-    timm's crop draws from Python's generator, other transforms from NumPy's and torch's: each is seeded for one image
-    and put back afterwards.
 
     Args:
         dataset: A map-style data set with its transform.
@@ -28,14 +27,21 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, item: int) -> Any:
-        seed = hash((self.seed, item)) % 2**63  # integers hash alike in every process
-        python_state, numpy_state = random.getstate(), np.random.get_state()
+        with random_states(self.seed, item):
+            return self.dataset[item % len(self.dataset)]
+
+
+@contextmanager
+def random_states(*seed: int) -> Iterator[None]:
+    """Seed every generator that an augmentation draws from (timm's crop: Python's), and put them back afterwards."""
+    number = hash(seed) % 2**63  # integers hash alike in every process
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        torch.default_generator.manual_seed(number)
         try:
-            with torch.random.fork_rng(devices=[]):
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.default_generator.manual_seed(seed)
-                return self.dataset[item % len(self.dataset)]
+            yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)

@@ -1,6 +1,5 @@
 """What a pretraining run is told: one dataclass, which is also the command line and `run.json`."""
 
-import ast
 import difflib
 import math
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from timm_etf import specs
 from timm_etf.errors import UsageError
 
 _READERS = ("hfds", "hfids", "tfds", "torch", "wds")
@@ -170,10 +170,7 @@ class PretrainConfig:
                 raise UsageError(f"--model-kwargs takes NAME=VALUE, got {item!r}.")
             if name == "frame_seed":
                 raise UsageError("--model-kwargs frame_seed has an option of its own: use --frame-seed.")
-            try:
-                parsed[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                parsed[name] = {"yes": True, "true": True, "no": False, "false": False}.get(value.lower(), value)
+            parsed[name] = specs.value(value)
         return parsed
 
     def check(self) -> None:
@@ -198,8 +195,9 @@ class PretrainConfig:
             raise UsageError("Give the images' folder with --data-dir, or a data set with --dataset hfds/NAME.")
         if any(parent.exists() and not parent.is_dir() for parent in (self.out, *self.out.parents)):
             raise UsageError(f"--out {self.out} is a file, or below one: choose a folder.")
-        if self.data_dir and self.out.resolve().is_relative_to(self.data_dir.resolve()):
-            raise UsageError(f"--out {self.out} lies within the images of --data-dir: choose a folder outside of it.")
+        for split in (self.train_split, self.val_split):
+            if self.data_dir and self.out.resolve().is_relative_to((self.data_dir / split).resolve()):
+                raise UsageError(f"--out {self.out} lies among the images of {split!r}: choose a folder outside of it.")
 
     def _check_ranges(self) -> None:
         for option, interval in _RANGES.items():

@@ -18,9 +18,10 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
+from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
-from timm_etf.pretrain.sampling import EpochSampler, SeededDataset, SeededStream
+from timm_etf.pretrain.sampling import EpochSampler, SeededStream
 
 CHECKED_IMAGES = 20_000
 """Images decoded before training starts: all of a small set, an even sample of a larger one."""

@@ -1,14 +1,13 @@
 """Which images a process trains on, in which order and with which random augmentation: functions of the seed."""
 
 import itertools
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import IterableDataset, Sampler, get_worker_info
+
+from timm_etf.data.seeded import random_states
 
 
 class EpochSampler(Sampler[int]):
@@ -18,7 +17,7 @@ class EpochSampler(Sampler[int]):
     the rest, less than one step, is left out of this epoch. So a run that continues at any step sees what it would
     have seen, and no sample twice.
 
-    An item is `epoch * num_samples + index`, from which `SeededDataset` recovers both.
+    An item is `epoch * num_samples + index`, from which `timm_etf.data.seeded.SeededDataset` recovers both.
     """
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
@@ -44,20 +43,6 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.first_step) * self.batch_size
-
-
-class SeededDataset(Dataset[Any]):
-    """Images whose random augmentation depends on (seed, epoch, index) alone: not on workers, processes or a resume."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, item: int) -> Any:
-        with _random_states(self.seed, item):
-            return self.dataset[item % len(self.dataset)]
 
 
 class SeededStream(IterableDataset[Any]):
@@ -89,24 +74,8 @@ class SeededStream(IterableDataset[Any]):
         worker = get_worker_info()
         samples, end = iter(self.dataset), object()
         for number in itertools.count():
-            with _random_states(self.seed, self.rank, self.epoch, worker.id if worker else 0, number):
+            with random_states(self.seed, self.rank, self.epoch, worker.id if worker else 0, number):
                 sample = next(samples, end)
             if sample is end:
                 return
             yield sample
-
-
-@contextmanager
-def _random_states(*seed: int) -> Iterator[None]:
-    """Seed every generator that an augmentation may draw from, and put them back."""
-    number = hash(seed) % 2**63  # integers hash alike in every process
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(number)
-        np.random.seed(number % 2**32)
-        torch.default_generator.manual_seed(number)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
