@@ -15,7 +15,7 @@ import timm
 import tyro
 
 from timm_etf import cli, hub, published
-from timm_etf.report.statistics import t_interval
+from timm_etf.report.statistics import in_quadrature, t_interval
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +49,15 @@ def test_transfer() -> None:
     for label, cells in (("etf", etf), ("sw", sw)):
         differences = [m["differences"][label] for m in means]
         assert cells == [signed(d["mean"], d["interval_over_runs"]) for d in differences]
+
+
+def test_what_is_said_of_the_means_over_trainings_and_images() -> None:
+    excluded = []
+    for protocol, found in results("transfer")["protocols"].items():
+        d = found["mean"]["differences"]["etf"]
+        low, high = in_quadrature(d["mean"], d["interval_over_runs"], d["interval_over_test_images"])
+        excluded += [protocol] if high < 0 or low > 0 else []
+    assert excluded == ["1-shot", "5-shot"]  # and the text says that the interval of 10 images includes 0
 
 
 def test_geometry() -> None:

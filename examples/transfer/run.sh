@@ -4,6 +4,8 @@
 #
 #     examples/transfer/run.sh OUT     # needs the extra [offline], npm and apt; SEEDS="0" takes an hour on 2 CPU cores
 #
+# The frame varies with the training seed; in the results kept here it was that of seed 0 throughout.
+#
 # OUT/compared, OUT/geometry and OUT/random-features then hold a report.md each. Continues where it was stopped.
 set -euo pipefail
 out=$1

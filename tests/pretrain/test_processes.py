@@ -13,8 +13,6 @@ from tests import commands
 from tests.pretrain.runs import arguments, assert_same, lines, wait_for_checkpoint
 from tests.pretrain.test_run import validate_by_hand
 
-pytestmark = pytest.mark.xdist_group("pretrain-processes")
-
 SHORT = ("--epochs", 3)
 
 

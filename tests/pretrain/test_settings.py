@@ -36,7 +36,6 @@ def test_compilation_that_the_launcher_asks_for(images: Path, tmp_path: Path) ->
 
 
 def test_a_tracker_receives_every_epoch(images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     commands.run(*arguments(images, tmp_path / "run", *SHORT, "--tracker", "tensorboard"), check=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from io import BytesIO
@@ -192,11 +193,7 @@ def _open_folder(target: Target, split: str) -> Images:
     paths = [path for path, _ in reader.samples]
     labels = np.array([label for _, label in reader.samples], dtype=np.int64)
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
-    folders = {Path(path).parent for path in paths}
-    if len({f.resolve() for f in folders}) < len(folders):
-        raise UsageError(
-            f"A link inside {folder} leads to a folder that is in it already: its images would count twice."
-        )
+    refuse_linked_folders(paths)
     if len(names) < 2 and labels.size:
         raise UsageError(f"{folder} has one class folder only; images belong into one folder for each class.")
     digest = hashlib.sha256()
@@ -204,6 +201,19 @@ def _open_folder(target: Target, split: str) -> Images:
         about = Path(path).stat()
         digest.update(f"{path.removeprefix(str(folder))}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
     return Images(f"{target.name} ({split})", labels, tuple(map(str, names)), digest.hexdigest(), paths)
+
+
+def refuse_linked_folders(paths: Sequence[str]) -> None:
+    """Refuse image files that one link shows twice; timm follows a link to a folder above until the system has enough.
+
+    Raises:
+        UsageError: Naming the two folders.
+    """
+    real: dict[str, str] = {}
+    for folder in dict.fromkeys(map(os.path.dirname, paths)):
+        first = real.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise UsageError(f"{folder} and {first} are one folder, whose images would count twice: remove the link.")
 
 
 def _open_arrow(target: Target, split: str) -> Images:

@@ -18,6 +18,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
+from timm_etf.data.images import refuse_linked_folders
 from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
@@ -96,7 +97,7 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
             option = "--train-split" if is_training else "--val-split"
             raise UsageError(f"{root} has no folder {split!r} ({there}): name the right one with {option}.")
         if isinstance(dataset.reader, ReaderImageFolder):  # and not a .tar file
-            _refuse_linked_folders(dataset.reader)
+            refuse_linked_folders([path for path, _ in dataset.reader.samples])
     return dataset
 
 
@@ -110,15 +111,6 @@ def _folders(config: PretrainConfig) -> list[str]:
         raise UsageError(f"No data at {config.data_dir}: {fix}.") from None
     except OSError as e:
         raise UsageError(f"Cannot read --data-dir {config.data_dir} ({e.strerror}).") from None
-
-
-def _refuse_linked_folders(reader: ReaderImageFolder) -> None:
-    """timm follows links, so that a link to a folder above repeats all its images until the system has enough."""
-    real: dict[str, str] = {}
-    for folder in dict.fromkeys(os.path.dirname(path) for path, _ in reader.samples):
-        first = real.setdefault(os.path.realpath(folder), folder)
-        if first != folder:
-            raise UsageError(f"{folder} and {first} are one folder, whose images would count twice: remove the link.")
 
 
 def _class_to_idx(dataset: Any) -> dict[Any, int]:
