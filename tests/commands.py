@@ -2,8 +2,8 @@
 
 A server process imports the package once and forks: each command is a process of its own, in its own session and
 process group, with its own environment, working directory, file descriptors, signals and exit status. huggingface_hub
-reads its environment (HF_HOME, HF_ENDPOINT) when it is imported: a command that is given such a variable imports it
-and all that stands on it again.
+reads its environment (HF_HOME, HF_ENDPOINT) when it is imported: a command that is given such a variable, or another
+PYTHONPATH, or is to be `fresh`, imports it and all that stands on it again.
 """
 
 import multiprocessing
@@ -40,12 +40,14 @@ class Command:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         largest_file: int = resource.RLIM_INFINITY,
+        fresh: bool = False,
     ) -> None:
         self.args = [str(a) for a in arguments]
         self._output = tempfile.mkdtemp(prefix="timm_etf-command-")
         weakref.finalize(self, shutil.rmtree, self._output, ignore_errors=True)
         self._process: Any = _server.Process(
-            target=_main, args=(code, self.args, dict(env or {}), str(cwd or Path.cwd()), self._output, largest_file)
+            target=_main,
+            args=(code, self.args, dict(env or {}), str(cwd or Path.cwd()), self._output, largest_file, fresh),
         )
         self._process.start()
         self.pid = self._process.pid
@@ -137,11 +139,14 @@ def run_ranks(count: int, *arguments: object, timeout: float = 120, **options: A
     return [subprocess.CompletedProcess(c.args, c.poll(), c.stdout, c.stderr) for c in commands]
 
 
-def _main(code: str, arguments: list[str], env: dict[str, str], cwd: str, output: str, largest_file: int) -> None:
+def _main(
+    code: str, arguments: list[str], env: dict[str, str], cwd: str, output: str, largest_file: int, fresh: bool
+) -> None:
     """In the new process: become the command."""
     os.setsid()
     os.environ.update(env)
-    if any(name.startswith("HF_") for name in env):
+    sys.path[:0] = filter(None, [env.get("PYTHONPATH")])
+    if fresh or any(name.startswith(("HF_", "PYTHONPATH")) for name in env):
         for module in [m for m in sys.modules if m.partition(".")[0] in _READ_THE_ENVIRONMENT]:
             del sys.modules[module]
     os.chdir(cwd)

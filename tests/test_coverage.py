@@ -1,10 +1,7 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import timm
 
+from tests import commands
 from timm_etf import UsageError, coverage, frames
 from timm_etf.classifier import fixed_classifiers
 from timm_etf.coverage import table
@@ -52,24 +49,19 @@ def test_bad_arguments() -> None:
 
 
 def test_without_a_place_for_a_cache_the_table_is_the_same() -> None:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": "/proc/nohome"}
-    code = "from timm_etf.cli import main; main()"
-    command = [sys.executable, "-c", code, "models", "test_res*"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = ("models", "test_res*")
+    done = commands.run(*command, env={"HF_ASSETS_CACHE": "/proc/nohome"}, check=True)
     assert "Traceback" not in done.stderr
     assert done.stderr.count("could not be kept") == 1
-    assert done.stdout == subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert done.stdout == commands.run(*command, check=True).stdout
 
 
 def test_the_command_prints_the_table() -> None:
-    code = "from timm_etf.cli import main; main()"
-    command = [sys.executable, "-c", code, "models", "resnet1[08]*", "--num-classes", "1000"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = commands.run("models", "resnet1[08]*", "--num-classes", "1000", check=True).stdout
     assert "resnet18_etf" in printed
     assert "next: " in printed
     rows = table(coverage("resnet18", 1000), 1000).splitlines()
     assert rows[1].split() == ["resnet18_etf", "512", "orthoplex", "0.0000", "0.0000", "513,000", "4.1", "MB"]
-    done = subprocess.run([*command[:3], "models", "zzz"], capture_output=True, text=True)
+    done = commands.run("models", "zzz")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: No architecture matches 'zzz': timm.list_models() lists the names."

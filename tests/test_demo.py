@@ -32,10 +32,12 @@ def test_a_card_has_the_probes_of_its_own_head_and_the_difference(tmp_path: Path
 def test_the_demo_from_nothing_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # One epoch instead of fourteen; everything else is what the command does.
+    # One epoch instead of fourteen, on smaller images; everything else is what the command does.
     recipe = demo.config
     monkeypatch.setattr(
-        demo, "config", lambda *args, **kwargs: dataclasses.replace(recipe(*args, **kwargs), epochs=1, warmup_epochs=0)
+        demo,
+        "config",
+        lambda *args, **kwargs: dataclasses.replace(recipe(*args, **kwargs), epochs=1, warmup_epochs=0, img_size=24),
     )
     out = tmp_path / "demo"
     results = demo.run(out)
@@ -63,5 +65,7 @@ def test_the_demo_from_nothing_and_continued(
 
     with pytest.raises(UsageError, match="continue that demo with --resume"):
         demo.run(out)
+    targets = demo.build_targets
+    monkeypatch.setattr(demo, "build_targets", lambda root: {"letters-greek": targets(root)["letters-greek"]})
     again = demo.run(out, resume=True)
-    assert again["targets"] == results["targets"]
+    assert again["targets"] == results["targets"][1:2]

@@ -1,11 +1,9 @@
 """Every published checkpoint: registered, complete, with its card, and what its hash says."""
 
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import timm
 import torch
 
 import timm_etf
+from tests import commands
 from tests.hub.conftest import client as client
 from tests.hub.conftest import server as server
 from tests.hub.loopback import Hub
@@ -155,10 +154,7 @@ def test_a_published_classifier_is_restored_with_every_option(tmp_path: Path) ->
     source = (package / "published" / "__init__.py").read_text()
     names = f"NAMES = {tuple(OPTIONS)!r}"
     (package / "published" / "__init__.py").write_text(re.sub(r"NAMES = \(.*\)", names, source))
-    command = [sys.executable, "-c", RESTORED, str(tmp_path), *OPTIONS]
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    commands.run(tmp_path, *OPTIONS, code=RESTORED, env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True)
 
 
 def test_onnx_gives_the_published_logits(tmp_path: Path) -> None:
@@ -209,6 +205,5 @@ def test_the_downstream_example_runs(images: Path, tmp_path: Path) -> None:
     (folder / "test").symlink_to(images / "validation")
     script = Path(__file__).parents[1] / "examples" / "finetune_downstream.py"
     arguments = ["--data", folder, "--epochs", "1", "--seeds", "1"]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = commands.run(*arguments, code=script.read_text(encoding="utf-8"), check=True)
     assert "difference" in done.stdout

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +6,7 @@ import torch
 from torch import nn
 
 import timm_etf
+from tests import commands
 from tests.sweep_variants import check
 from timm_etf import FixedClassifier, UsageError, fix_classifier, frames, published
 from timm_etf.classifier import classifier_names, fixed_classifiers
@@ -179,5 +178,5 @@ def test_nothing_in_timm_is_patched() -> None:
         "assert all(r._model_entrypoints[n] is f for n, f in before.items())\n"
         "assert isinstance(timm.create_model('test_resnet').fc, __import__('torch').nn.Linear)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    commands.run(code=code, fresh=True, check=True)
     assert isinstance(timm_etf.create_model("test_resnet_etf", num_classes=10).fc, FixedClassifier)

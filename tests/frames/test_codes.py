@@ -1,8 +1,5 @@
 import logging
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests import commands
 from timm_etf import frames
 from timm_etf.frames import codes
 
@@ -134,8 +132,7 @@ print("survived")
 
 
 def test_a_kill_while_writing_leaves_nothing_that_is_taken_for_the_code(cache: Path, tmp_path: Path) -> None:
-    env = os.environ | {"HF_ASSETS_CACHE": str(tmp_path)}
-    killed = subprocess.run([sys.executable, "-c", KILLED], env=env, capture_output=True, text=True, check=False)
+    killed = commands.run(code=KILLED, env={"HF_ASSETS_CACHE": str(tmp_path)})
     assert killed.returncode == -signal.SIGXFSZ, killed.stderr
     assert "survived" not in killed.stdout
     [torn] = (p for p in cache.iterdir() if p.suffix != ".lock")  # it was killed half way through the file
@@ -148,14 +145,14 @@ def test_a_kill_while_writing_leaves_nothing_that_is_taken_for_the_code(cache: P
 
 
 def test_processes_that_want_one_code_share_it(tmp_path: Path) -> None:
-    env = os.environ | {"HF_ASSETS_CACHE": str(tmp_path)}
     code = (
         "import logging; from timm_etf.frames import codes, spherical_code\n"
         "real = codes._optimise\n"
         "codes._optimise = lambda *a, **k: print('computed', flush=True) or real(*a, **k)\n"
         "print(spherical_code(200, 30).sum().item())"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    printed = "".join(process.communicate(timeout=100)[0] for process in both)
+    both = [commands.Command(code=code, env={"HF_ASSETS_CACHE": str(tmp_path)}) for _ in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    printed = "".join(process.stdout for process in both)
     assert printed.count("computed") == 1
     assert len({line for line in printed.splitlines() if line != "computed"}) == 1

@@ -1,7 +1,5 @@
 import hashlib
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import commands
 from timm_etf import UsageError, frames
 
 
@@ -108,8 +107,7 @@ def test_same_seed_same_bits_in_other_processes_and_global_state_untouched() -> 
         assert same == (name == "hadamard")  # the one that has nothing random
     expected = "".join(f"{name} {hashlib.sha256(w.numpy()).hexdigest()}\n" for name, w in ours.items())
     for _ in range(2):
-        command = [sys.executable, "-c", f"SHAPES = {SHAPES}\n{DIGESTS}"]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == expected
+        assert commands.run(code=f"SHAPES = {SHAPES}\n{DIGESTS}", check=True).stdout == expected
 
 
 def test_values_are_pinned() -> None:

@@ -44,7 +44,7 @@ def client(server: loopback.Hub, tmp_path: Path) -> Client:
         first, *rest = map(str, command)
         if first == "timm-etf":
             return commands.run(*rest, env=own, cwd=tmp_path)
-        if first == sys.executable and rest[0] == "-c" and "PYTHONPATH" not in environment:
+        if first == sys.executable and rest[0] == "-c":
             return commands.run(*rest[2:], code=rest[1], env=own, cwd=tmp_path)
         # Not in this repository's folder, from which Python would import.
         return subprocess.run(

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 
+from tests import commands
 from timm_etf import hub
 from timm_etf.hub.card import card, own_results
 
@@ -235,5 +234,5 @@ def test_snippets_run(tmp_path: Path, images: Path, name: str) -> None:
     assert "range(5)" in code
     code = code.replace("FOLDER", str(folder)).replace("range(5)", "range(1)")
     shutil.copytree(images / "validation", tmp_path / "DATA")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = commands.run(code=code, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,6 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timm_etf
+from tests import commands
 from timm_etf import FixedClassifier, UsageError, fix_classifier, hub
 from timm_etf.atomic import file_sha256
 from timm_etf.classifier import fixed_classifiers
@@ -48,7 +47,7 @@ def test_round_trip_with_and_without_the_plugin(tmp_path: Path, name: str) -> No
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == {n for n, _ in net.named_parameters()}
     torch.save(images, tmp_path / "images.pt")
     paths = [folder, tmp_path / "images.pt", tmp_path / "logits.pt"]
-    subprocess.run([sys.executable, "-c", WITHOUT_PLUGIN, *map(str, paths)], check=True)
+    commands.run(*paths, code=WITHOUT_PLUGIN, fresh=True, check=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
@@ -192,7 +191,7 @@ def test_whitened_models_need_the_plugin_and_say_so(tmp_path: Path, name: str) -
     assert isinstance(restored.fc, FixedClassifier) == name.endswith("_etf")
     assert "import timm_etf` before creating it" in (folder / "README.md").read_text()
     code = "import sys, timm; timm.create_model(sys.argv[1], pretrained=True)"
-    done = subprocess.run([sys.executable, "-c", code, f"local-dir:{folder}"], capture_output=True, text=True)
+    done = commands.run(f"local-dir:{folder}", code=code, fresh=True)
     assert "Unknown model (test_resnet_sw)" in done.stderr
 
 

@@ -58,8 +58,8 @@ def run(tmp_path: Path) -> Path:
 def test_from_a_run_to_other_peoples_processes(
     server: Hub, client: Client, run: Path, tmp_path: Path, python_without_plugin: Path
 ) -> None:
-    command = [Path(sys.executable).with_name("timm-etf"), "publish", run, "org/name", "--license", "apache-2.0"]
-    shown = client(*command, token=WRITE)
+    command = ["timm-etf", "publish", run, "org/name", "--license", "apache-2.0"]
+    shown = client(Path(sys.executable).with_name("timm-etf"), *command[1:], token=WRITE)  # the installed script
     assert shown.returncode == 0, shown.stderr
     assert "org/name, which does not exist yet" in shown.stdout
     assert "# name" in shown.stdout

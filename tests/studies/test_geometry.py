@@ -31,7 +31,7 @@ def measured(exported: Path, images: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_the_report_has_what_the_features_say(measured: tuple[Path, dict], exported: Path, images: Path) -> None:
     out, results = measured
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert json.loads((out / "results.json").read_text()) == {"schema": 1} | json.loads(json.dumps(results))
     splits = open_splits(Target("bars", str(images), test="validation"))
     for label in ("plain", "fixed"):
         net = timm.create_model(f"local-dir:{exported / label}", pretrained=True).eval()

@@ -13,7 +13,7 @@ def test_every_point_of_the_sweep_on_every_model(exported: Path, images: Path, t
     sweep = {"a2": (0.0, 0.4), "num_features": (20, 200), "gammas": (0.1, 1.0), "draws": 20, "samples": 50}
     data = (f"{images},name=bars,test=validation",)
     results = run(Settings(models=models, data=data, out=tmp_path, workers=0, **sweep))
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert json.loads((tmp_path / "results.json").read_text()) == {"schema": 1} | json.loads(json.dumps(results))
     assert list(results["missing"]) == ["damaged: bars"]
     for label in ("plain", "fixed"):
         (points,) = results["random_features"]["bars"][label]

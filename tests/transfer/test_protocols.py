@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.transfer.conftest import blobs
 from timm_etf import UsageError
-from timm_etf.transfer import Features, Result, fewshot, finetune, knn, linear_probe, open_splits, resolve
+from timm_etf.transfer import Features, Result, fewshot, find_targets, finetune, knn, linear_probe, open_splits
 from timm_etf.transfer.fine_tuning import Budget
 from timm_etf.transfer.neighbours import vote
 from timm_etf.transfer.probe import STRENGTHS
@@ -147,7 +147,7 @@ def test_too_few_images_for_a_shot() -> None:
 
 
 def test_fine_tuning_is_a_function_of_its_seed_for_any_number_of_workers(images: Path) -> None:
-    [target], _ = resolve([f"{images},name=bars,test=validation,hflip=yes"], images)
+    [target], _ = find_targets([f"{images},name=bars,test=validation,hflip=yes"], images)
     splits = open_splits(target)
     made: list[torch.nn.Module] = []
 
