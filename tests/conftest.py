@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 # Before any library reads them: a test that would reach for the network fails instead.
@@ -44,3 +45,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root, "train", 24)
     write_images(root, "validation", 7)
     return root
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with every embedded data set, drawn once for all of pytest's processes. Read-only by convention."""
+    from timm_etf.data import build_targets
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "embedded.lock"):
+        build_targets(shared / "embedded")
+    return shared / "embedded"

@@ -29,8 +29,8 @@ def test_a_card_has_the_probes_of_its_own_head_and_the_difference(tmp_path: Path
         assert (own["label"], own["reference"]) == (head, None if head == "learned" else "learned")
 
 
-def test_the_demo_from_nothing_and_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_demo_and_its_continuation(
+    embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # One epoch instead of fourteen, on smaller images; everything else is what the command does.
     recipe = demo.config
