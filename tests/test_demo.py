@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +36,11 @@ def test_the_demo_and_its_continuation(
 ) -> None:
     # One epoch instead of fourteen, on smaller images; everything else is what the command does.
     recipe = demo.config
-    monkeypatch.setattr(
-        demo,
-        "config",
-        lambda *args, **kwargs: dataclasses.replace(recipe(*args, **kwargs), epochs=1, warmup_epochs=0, img_size=24),
-    )
+    less = {"epochs": 1, "warmup_epochs": 0, "img_size": 24}
+    monkeypatch.setattr(demo, "config", lambda *args, **kwargs: dataclasses.replace(recipe(*args, **kwargs), **less))
     out = tmp_path / "demo"
-    results = demo.run(out)
+    shutil.copytree(embedded, out / "data", copy_function=os.link)  # as if stopped once the images were drawn
+    results = demo.run(out, resume=True)
     written = json.loads((out / "results.json").read_text())
     assert {"schema": 1} | json.loads(json.dumps(results)) == written
     assert results["logits_identical_after_reload"] is True

@@ -120,7 +120,7 @@ def test_folders_whose_classes_differ(tmp_path: Path, images: Path) -> None:
     (tmp_path / "loop" / "train").mkdir(parents=True)
     (tmp_path / "loop" / "train" / "all").symlink_to(images / "train")
     (tmp_path / "loop" / "train" / "again").symlink_to(images / "train" / "class0")
-    with pytest.raises(UsageError, match="its images would count twice"):
+    with pytest.raises(UsageError, match="whose images would count twice"):
         open_splits(Target("bars", str(tmp_path / "loop"), test="train"))
     # Images that lie in the split itself are of no class.
     (tmp_path / "flat" / "train").mkdir(parents=True)
