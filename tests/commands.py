@@ -23,7 +23,16 @@ from typing import Any
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["timm_etf.pretrain.loop", "timm_etf.transfer.run", "timm_etf.studies.geometry", "timm_etf.demo", "timm_etf.cli"]
+    [
+        *(
+            "timm_etf.pretrain.loop",
+            "timm_etf.transfer.run",
+            "timm_etf.studies.geometry",
+            "timm_etf.demo",
+            "timm_etf.cli",
+        ),
+        *("timm_etf.geometry.metrics", "timm_etf.transfer.plots", "timm_etf.hub.picture", "datasets", "webdataset"),
+    ]
 )
 
 
@@ -144,6 +153,7 @@ def _main(
 ) -> None:
     """In the new process: become the command."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # and not the server's, for the processes of loaders
     os.environ.update(env)
     sys.path[:0] = filter(None, [env.get("PYTHONPATH")])
     if fresh or any(name.startswith(("HF_", "PYTHONPATH")) for name in env):

@@ -31,15 +31,20 @@ def test_a_card_has_the_probes_of_its_own_head_and_the_difference(tmp_path: Path
         assert (own["label"], own["reference"]) == (head, None if head == "learned" else "learned")
 
 
+def _images(names: list[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(".png"))
+
+
 def test_the_demo_and_its_continuation(
     embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # One epoch instead of fourteen, on smaller images; everything else is what the command does.
+    # One epoch instead of fourteen, on fewer and smaller images; everything else is what the command does.
     recipe = demo.config
     less = {"epochs": 1, "warmup_epochs": 0, "img_size": 24}
     monkeypatch.setattr(demo, "config", lambda *args, **kwargs: dataclasses.replace(recipe(*args, **kwargs), **less))
     out = tmp_path / "demo"
-    shutil.copytree(embedded, out / "data", copy_function=os.link)  # as if stopped once the images were drawn
+    # As if it had been stopped once the images were drawn, six of each class.
+    shutil.copytree(embedded, out / "data", copy_function=os.link, ignore=lambda _, names: _images(names)[6:])
     results = demo.run(out, resume=True)
     written = json.loads((out / "results.json").read_text())
     assert {"schema": 1} | json.loads(json.dumps(results)) == written
@@ -61,7 +66,7 @@ def test_the_demo_and_its_continuation(
     assert "timm-etf pretrain --model resnet50_etf" in printed
     assert f"local-dir:{out / 'resnet10t_etf' / 'export'}" in printed
     card = (out / "resnet10t_etf" / "export" / "README.md").read_text()
-    assert f"| mnist-5k | 1000 | {results['targets'][-1]['ETF']['accuracy']:.1f} [" in card
+    assert f"| mnist-5k | 60 | {results['targets'][-1]['ETF']['accuracy']:.1f} [" in card
 
     with pytest.raises(UsageError, match="continue that demo with --resume"):
         demo.run(out)

@@ -16,8 +16,6 @@ from timm_etf import FixedClassifier, UsageError, frames
 from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.pretrain.loop import pretrain
 
-pytestmark = pytest.mark.xdist_group("pretrain-run")  # which shares the straight run
-
 
 @pytest.fixture(scope="module")
 def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

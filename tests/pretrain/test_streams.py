@@ -4,7 +4,7 @@ from pathlib import Path
 from tests import commands
 from tests.pretrain.runs import arguments, assert_same, wait_for_checkpoint
 
-SHARDS = ("--dataset", "wds/x", "--num-classes", 5, "--epochs", 4, "--mixup", 0.2, "--hflip", 0.5)
+SHARDS = ("--dataset", "wds/x", "--num-classes", 5, "--epochs", 3, "--mixup", 0.2, "--hflip", 0.5)
 SHARDS += ("--train-split", "train-{0000..0001}.tar|122", "--val-split", "validation-0000.tar|37")
 
 
