@@ -1,9 +1,8 @@
 """`accelerate launch -m timm_etf.pretrain ...` is `accelerate launch -m timm_etf pretrain ...`."""
 
+import runpy
 import sys
-
-from timm_etf.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "pretrain")
-    main()
+    runpy.run_module("timm_etf", run_name="__main__")

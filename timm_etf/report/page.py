@@ -14,16 +14,16 @@ def row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(out: Path, results: Mapping[str, Any], text: str, draw: Callable[[], Mapping[str, str]]) -> None:
+def write(out: Path, results: Mapping[str, Any], text: str, draw: Callable[[Path], Mapping[str, str]]) -> None:
     """Write results.json, and report.md with the pictures at its end where matplotlib is installed.
 
     Args:
         out: Folder.
         results: What goes into results.json.
         text: The report.
-        draw: Draws the pictures into `out`; gives what each shows, by file name. Called only if matplotlib is there.
+        draw: Draws the pictures into a folder; gives what each shows, by file name. Called only if matplotlib is there.
     """
-    pictures = draw() if find_spec("matplotlib") else {}
+    pictures = draw(out) if find_spec("matplotlib") else {}
     write_results(out / "results.json", results)
     shown = (f"![{title}]({name})\n" for name, title in pictures.items())
     write_text(out / "report.md", "\n".join([text, *shown]))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run(settings: Settings) -> dict[str, Any]:
         covariances.setdefault(pair.data, {}).setdefault(pair.label, covariance)
     results = {"geometry": found, **study.record()}
     if processes().is_main_process:
-        write(settings.out, results, as_markdown(results), lambda: _draw(covariances, settings.out))
+        write(settings.out, results, as_markdown(results), partial(_draw, covariances))
     return results
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def run(settings: Settings) -> dict[str, Any]:
         found.setdefault(pair.data, {}).setdefault(pair.label, []).append(points)
     results = {"random_features": found, "sweep": settings.sweep, **study.record()}
     if processes().is_main_process:
-        write(settings.out, results, as_markdown(results), lambda: _draw(found, settings.out))
+        write(settings.out, results, as_markdown(results), partial(_draw, found))
     return results
 
 

@@ -123,9 +123,20 @@ def run(settings: Settings) -> Report:
                 _finish(job, compute)
     _features.cache_clear()
     state.wait_for_everyone()
-    report = _report(settings, study, jobs, collapsed, time.perf_counter() - started)
+    results, seconds = _filed(study, jobs)
+    report = Report(
+        candidates=study.candidates,
+        targets=[s.target for s in study.opened.values()],
+        results=results,
+        seconds=seconds,
+        missing=study.missing,
+        notes=study.notes,
+        collapse=collapsed,
+        weights_sha256={k: v for k, v in study.weights_sha256.items() if v},
+        settings=_about(settings, study, time.perf_counter() - started),
+    )
     if state.is_main_process:
-        write(settings.out, report.as_json(), report.as_markdown(), lambda: _draw(report, settings.out))
+        write(settings.out, report.as_json(), report.as_markdown(), partial(_draw, report))
     return report
 
 
@@ -233,14 +244,8 @@ def _read(job: Job) -> tuple[Result, float] | str | None:
         return None
 
 
-def _report(
-    settings: Settings,
-    study: Study,
-    jobs: list[Job],
-    collapsed: dict[tuple[int, str], dict[str, float]],
-    seconds_of_this_call: float,
-) -> Report:
-    """Read what all processes and earlier calls have filed."""
+def _filed(study: Study, jobs: list[Job]) -> tuple[dict[tuple[int, str, str, int], Result], dict[str, float]]:
+    """Results that all processes and earlier calls have filed, and the seconds they took."""
     results: dict[tuple[int, str, str, int], Result] = {}
     seconds = {"features": study.seconds} if study.seconds else {}
     for job in jobs:
@@ -255,21 +260,16 @@ def _report(
                 study.note(f"{job.target}, {job.protocol}: {fewer} classes have fewer training images and give all")
     if not results:
         study.refuse_nothing()
+    return results, {k: round(v, 1) for k, v in seconds.items()}
+
+
+def _about(settings: Settings, study: Study, seconds: float) -> dict[str, Any]:
+    """What was asked for, for results.json."""
     about = study.settings()
     about["targets"] = about.pop("data")
     about |= {k: getattr(settings, k) for k in ("protocols", "seeds", "depths")}
     about["budget"] = {"steps": settings.finetune_steps, "batch_size": settings.finetune_batch_size}
-    return Report(
-        candidates=study.candidates,
-        targets=[s.target for s in study.opened.values()],
-        results=results,
-        seconds={k: round(v, 1) for k, v in seconds.items()},
-        missing=study.missing,
-        notes=study.notes,
-        collapse=collapsed,
-        weights_sha256={k: v for k, v in study.weights_sha256.items() if v},
-        settings={**about, "seconds_of_this_call": round(seconds_of_this_call, 1)},
-    )
+    return {**about, "seconds_of_this_call": round(seconds, 1)}
 
 
 def _draw(report: Report, out: Path) -> dict[str, str]:
