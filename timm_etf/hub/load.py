@@ -94,7 +94,12 @@ def create_located(located: Located, **kwargs: Any) -> nn.Module:
         return model
     if pretrained:
         _check_finite(model, model_name)
-    return model if kwargs.get("features_only") else restore(model, located.etf, weights_loaded=pretrained)
+    if kwargs.get("features_only"):
+        return model
+    try:
+        return restore(model, located.etf, weights_loaded=pretrained)
+    except UsageError as e:
+        raise UsageError(f"{model_name}: {e}") from None
 
 
 def locate(model_name: str, *, weights: bool = True, cache_dir: str | Path | None = None) -> Located:

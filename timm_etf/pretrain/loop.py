@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from timm_etf import hub
-from timm_etf.atomic import write_json, write_text
+from timm_etf.atomic import write_text
 from timm_etf.errors import Interrupted, UsageError
 from timm_etf.pretrain import checkpoint
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.setup import Run, setup
 from timm_etf.pretrain.validation import validate
+from timm_etf.report.results import write as write_results
 from timm_etf.variants import SW_SUFFIX, base_name
 
 _SHOWN = {
@@ -127,7 +128,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
             "train_seconds": round(_train_seconds(config.out, run.train.num_samples), 1),
             "device": _device_name(accelerator),
         }
-        write_json(config.out / "results.json", results)
+        write_results(config.out / "results.json", results)
         hub.export(
             run.plain_model.cpu(),
             config.out / "export",
