@@ -8,7 +8,8 @@
 
 `gaussian`, `orthonormal`, `hadamard`, `cube` and `uniform_qr` are controls: what else has been tried as a fixed
 classifier. Every frame is drawn in float64 from a generator of its own, so that the same arguments give the same
-vectors in every process and torch's global random state is never touched.
+vectors in every process (to rounding, if the number of threads differs), and torch's global random state is never
+touched.
 
 Shape suffixes: `w_KD` is a frame with K vectors of d dimensions, `u_DM` has M orthonormal columns.
 """

@@ -2,6 +2,7 @@
 
 from timm_etf.data.catalogue import Target
 from timm_etf.data.images import find_targets, open_splits
+from timm_etf.data.images import find_targets as resolve  # its earlier name
 from timm_etf.features.extract import Features, extract, features_of, load
 from timm_etf.transfer.few_shot import fewshot
 from timm_etf.transfer.fine_tuning import finetune
@@ -25,4 +26,5 @@ __all__ = [
     "logistic_path",
     "open_splits",
     "paired_difference",
+    "resolve",
 ]
