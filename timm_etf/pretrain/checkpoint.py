@@ -13,7 +13,10 @@ from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
 
 _POSITION = "position.json"
-_FREE_TO_CHANGE = {"out", "data_dir", "workers", "tracker", "resume", "amp", "model"}
+_FREE_TO_CHANGE = {
+    *("out", "data_dir", "workers", "tracker", "resume", "amp", "model", "compile", "channels_last"),
+    *("grad_checkpointing", "checkpoint_hist", "checkpoint_steps", "checkpoint_minutes", "export"),
+}
 """Settings that a resumed run may change; the model is compared by its resolved architecture."""
 
 

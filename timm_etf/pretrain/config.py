@@ -29,15 +29,25 @@ _RANGES = {
     "color_jitter": "[0, inf)",
     "reprob": "[0, 1]",
     "epochs": "[1, inf)",
+    "epoch_repeats": "[0, inf)",
+    "aug_repeats": "[0, inf)",
     "batch_size": "[1, inf)",
+    "grad_accum_steps": "[1, inf)",
     "lr": "(0, inf)",
     "momentum": "[0, 1)",
     "weight_decay": "[0, inf)",
+    "layer_decay": "(0, 1]",
+    "clip_grad": "(0, inf)",
     "warmup_epochs": "[0, inf)",
+    "drop_path": "[0, 1)",
     "smoothing": "[0, 1)",
     "mixup": "[0, inf)",
     "cutmix": "[0, inf)",
     "feature_entropy": "[0, inf)",
+    "model_ema_decay": "[0, 1)",
+    "checkpoint_hist": "[1, inf)",
+    "checkpoint_steps": "[1, inf)",
+    "checkpoint_minutes": "(0, inf)",
     "seed": "[0, 2147483647]",  # each process adds its number, and numpy takes 32 bits
     "workers": "[0, inf)",
 }
@@ -71,6 +81,13 @@ class PretrainConfig:
     model_kwargs: tuple[str, ...] = ()
     """Further arguments of the model as NAME=VALUE: the architecture's, such as drop_path_rate=0.1, and the fixed
     classifier's: frame=gaussian (or learned), logit_scale=16, feature_norm=yes, learn_scale=yes, projector=mlp."""
+    pretrained: bool = False
+    """Start from timm's own weights of the architecture, under a new classifier."""
+    init: str | None = None
+    """Start from other weights, under a new classifier: resnet50.a1_in1k, hf-hub:ORG/NAME, local-dir:FOLDER or a file
+    of weights."""
+    drop_path: float | None = None
+    """Rate of stochastic depth."""
 
     img_size: int | None = None
     """Image side in pixels; by default the architecture's own."""
@@ -94,19 +111,35 @@ class PretrainConfig:
     """timm's AutoAugment policy, such as rand-m9-mstd0.5-inc1."""
     reprob: float = 0.0
     """Probability of random erasing."""
+    aug_repeats: int = 0
+    """Augmentations of an image that follow each other in the order of training, 0 or 1 for one; an epoch then sees
+    that many times fewer images."""
 
     epochs: int = 100
     """Passes over the training images."""
+    epoch_repeats: int = 0
+    """Passes that count as one epoch, for small data sets; 0 or 1 for one."""
     batch_size: int = 128
-    """Images per step on each process."""
+    """Images of a forward pass on each process."""
+    grad_accum_steps: int = 1
+    """Forward passes of a step on each process, for steps of more images than memory holds."""
     opt: str = "sgd"
     """timm optimizer (its "sgd" has Nesterov momentum)."""
+    opt_kwargs: tuple[str, ...] = ()
+    """Further arguments of the optimizer as NAME=VALUE, such as betas=(0.9,0.95)."""
     lr: float = 0.1
     """Peak learning rate, for the whole batch over all processes."""
     momentum: float = 0.9
     """Momentum, for the optimizers that have it."""
     weight_decay: float = 5e-5
     """Weight decay; biases and norms are left out, as timm does."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one below, such as 0.75 for a backbone that is tuned."""
+    clip_grad: float | None = None
+    """Limit of the gradients, in the sense of --clip-mode."""
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    """What --clip-grad limits: the norm of all gradients, each value, or (agc) each unit's norm relative to its
+    weights', except of the classifier's."""
     sched: str = "cosine"
     """timm learning-rate schedule, stepped at every update; none keeps --lr."""
     warmup_epochs: int = 5
@@ -121,12 +154,34 @@ class PretrainConfig:
     """Alpha of timm's cutmix, 0 for none; with --mixup each batch takes one of the two."""
     feature_entropy: float = 0.0
     """Weight of the feature-entropy regulariser, which works against collapse of the backbone's features."""
+    model_ema: bool = False
+    """Average the weights over the steps; the average is what is validated and exported."""
+    model_ema_decay: float = 0.9998
+    """Weight of the past in that average at each step."""
+    model_ema_warmup: bool = False
+    """Let the decay grow to its value from the start on, as suits short runs."""
     amp: Literal["no", "fp16", "bf16"] | None = None
     """Mixed precision; by default what accelerate was launched with."""
     seed: int = 0
     """Seed of the weights, of the frame, of the order of the images and of their augmentation."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep images and weights in channels-last order, which convolutions prefer."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    sync_bn: bool = False
+    """Compute BatchNorm's statistics over all processes; GPUs only."""
     workers: int = 4
     """Loader processes per training process."""
+    checkpoint_hist: int = 2
+    """Checkpoints to keep, the newest; that of the epoch with the best top-1 is kept in any case."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints inside an epoch."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints inside an epoch."""
+    export: Literal["last", "best"] = "last"
+    """Epoch to export; choosing the best by the validation images makes their accuracy look better than it is."""
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
     """Experiment tracker, through accelerate; log.jsonl is written in any case."""
     resume: bool = False
@@ -149,8 +204,8 @@ class PretrainConfig:
             raise UsageError(f"{base_name(name)} has no {SUFFIX} variant: {skipped[base_name(name)]}.")
         if ":" in name or "." in name:
             raise UsageError(
-                f"--model takes a timm architecture, got {name!r}: pretraining starts from random weights, so leave "
-                "out the source and the tag."
+                f"--model takes a timm architecture, got {name!r}: leave out the source and the tag; weights to start "
+                "from are named with --init."
             )
         if not timm.is_model(name):
             raise UsageError(_unknown("model", name, timm.list_models(), "timm.list_models() lists the names"))
@@ -158,20 +213,32 @@ class PretrainConfig:
 
     @property
     def parsed_model_kwargs(self) -> dict[str, Any]:
-        """`model_kwargs` as a dictionary; values are Python literals, yes, no, true or false, or else text.
+        """`model_kwargs` as a dictionary, with `drop_path`.
 
         Raises:
             UsageError: If one is not NAME=VALUE, or has an option of its own.
         """
-        parsed: dict[str, Any] = {}
-        for item in self.model_kwargs:
-            name, equals, value = item.partition("=")
-            if not equals or not name.isidentifier():
-                raise UsageError(f"--model-kwargs takes NAME=VALUE, got {item!r}.")
-            if name == "frame_seed":
-                raise UsageError("--model-kwargs frame_seed has an option of its own: use --frame-seed.")
-            parsed[name] = specs.value(value)
-        return parsed
+        own = {"frame_seed": "--frame-seed", "drop_path_rate": "--drop-path"}
+        parsed = _parsed("--model-kwargs", self.model_kwargs, own)
+        return parsed if self.drop_path is None else {**parsed, "drop_path_rate": self.drop_path}
+
+    @property
+    def parsed_opt_kwargs(self) -> dict[str, Any]:
+        """`opt_kwargs` as a dictionary, with learning rate, weight decay and momentum.
+
+        Raises:
+            UsageError: If one is not NAME=VALUE, or has an option of its own.
+        """
+        own = {name: f"--{name.replace('_', '-')}" for name in ("opt", "lr", "weight_decay", "momentum", "layer_decay")}
+        parsed = _parsed("--opt-kwargs", self.opt_kwargs, own)
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "momentum": self.momentum, **parsed}
+
+    @property
+    def initial_weights(self) -> str | None:
+        """What the backbone starts from, as timm names it; None for random weights."""
+        from timm_etf.variants import base_name
+
+        return base_name(self.architecture) if self.pretrained else self.init
 
     def check(self) -> None:
         """Refuse values that cannot work, before anything is loaded or written.
@@ -179,7 +246,7 @@ class PretrainConfig:
         Raises:
             UsageError: With the option to change.
         """
-        self.architecture, self.parsed_model_kwargs  # noqa: B018 - both check what they parse
+        self.architecture, self.parsed_model_kwargs, self.parsed_opt_kwargs  # noqa: B018 - they check what they parse
         self._check_ranges()
         self._check_names()
         for option in ("mean", "std"):
@@ -187,6 +254,10 @@ class PretrainConfig:
                 raise UsageError(f"--{option} takes one value for all channels or {self.in_chans}, one for each.")
         if self.warmup_epochs >= self.epochs:
             raise UsageError(f"--warmup-epochs must be less than --epochs ({self.epochs}), got {self.warmup_epochs}.")
+        if self.pretrained and self.init:
+            raise UsageError("--pretrained and --init both name weights to start from: leave one out.")
+        if self.layer_decay and self.sched == "none":
+            raise UsageError("--layer-decay scales what a schedule gives: use --sched constant instead of none.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(f"Mixup pairs the images of a batch: --batch-size must be even, got {self.batch_size}.")
         if self.feature_entropy and self.batch_size < 2:
@@ -232,6 +303,19 @@ class PretrainConfig:
             except PackageNotFoundError:
                 fix = f"pip install 'timm_etf[{self.tracker}]'"
                 raise UsageError(f"--tracker {self.tracker} needs a package that is not installed: {fix}.") from None
+
+
+def _parsed(option: str, items: tuple[str, ...], own: dict[str, str]) -> dict[str, Any]:
+    """NAME=VALUE arguments; values are Python literals, yes, no, true or false, or else text."""
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{option} takes NAME=VALUE, got {item!r}.")
+        if name in own:
+            raise UsageError(f"{option} {name} has an option of its own: use {own[name]}.")
+        parsed[name] = specs.value(value)
+    return parsed
 
 
 def _unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:

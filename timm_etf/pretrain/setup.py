@@ -127,7 +127,7 @@ def setup(config: PretrainConfig) -> Run:
         objective(copy.deepcopy(model).train(), *(mixup(*batch) if mixup else batch))
     with _blaming("--opt"):
         optimizer: Any = create_optimizer_v2(
-            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+            model, opt=config.opt, layer_decay=config.layer_decay, **config.parsed_opt_kwargs
         )
     with _blaming("--sched"):
         schedule, _ = create_scheduler_v2(
@@ -143,7 +143,8 @@ def setup(config: PretrainConfig) -> Run:
     _require_same_frames(model)
     # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
     random_seed(config.seed, accelerator.process_index)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    prepared, optimizer = accelerator.prepare(model.to(memory_format=memory_format), optimizer)
     step = Step(accelerator, prepared, optimizer, schedule, objective, mixup)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
