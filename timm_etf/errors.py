@@ -2,6 +2,7 @@
 
 import errno
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,14 @@ class Interrupted(Exception):
     """A long command was asked to stop (Ctrl-C, SIGTERM) and has saved what it needs to continue.
 
     Args:
-        signum: Number of the signal; the command exits with status 128 + signum, as a shell expects.
+        signum: Number of the signal; the command exits with status 128 + signum, as a shell expects, or after SIGUSR1,
+            with which schedulers announce the end of a job's time, with 75 (EX_TEMPFAIL: try again).
         message: What was saved and how to continue.
     """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
-        self.exit_status = 128 + signum
+        self.exit_status = 75 if signum == getattr(signal, "SIGUSR1", None) else 128 + signum
 
 
 @contextmanager

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from tests import commands
-from tests.pretrain.runs import arguments, assert_same, lines, wait_for_checkpoint
+from tests.pretrain.runs import arguments, assert_same, lines, wait_for_checkpoint, weights
 from tests.pretrain.test_run import validate_by_hand
 
 SHORT = ("--epochs", 3)
@@ -36,11 +37,23 @@ def test_two_processes_count_every_image_once_and_agree(two: Path, images: Path)
 
 
 def test_two_processes_draw_different_dropout_and_mixup(two: Path) -> None:
-    (checkpoint,) = (two / "checkpoints").iterdir()
+    checkpoint = max((two / "checkpoints").iterdir())
     ours, theirs = (torch.load(checkpoint / f"random_states_{rank}.pkl", weights_only=False) for rank in range(2))
     assert not torch.equal(ours["torch_manual_seed"], theirs["torch_manual_seed"])
     assert ours["numpy_random_seed"][1].tolist() != theirs["numpy_random_seed"][1].tolist()
     assert ours["random_state"] != theirs["random_state"]
+
+
+def test_two_processes_do_what_one_does_that_accumulates_two_batches(images: Path, tmp_path: Path) -> None:
+    same = ("--model-kwargs", "drop_rate=0.0", "--epochs", 2, "--opt", "momentum", "--lr", 0.01)
+    commands.run_ranks(2, *arguments(images, tmp_path / "two", *same, "--batch-size", 4))
+    one = arguments(images, tmp_path / "one", *same, "--batch-size", 4, "--grad-accum-steps", 2)
+    commands.run(*one, check=True)
+    ours, theirs = (lines(tmp_path / name) for name in ("one", "two"))
+    assert [x["train_loss"] for x in ours] == pytest.approx([x["train_loss"] for x in theirs], rel=1e-5)
+    trained = {n for n, _ in timm.create_model("test_resnet_etf", num_classes=5).named_parameters()}
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in trained)
 
 
 def test_two_processes_are_interrupted_and_resumed_exactly(images: Path, two: Path, tmp_path: Path) -> None:

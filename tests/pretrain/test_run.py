@@ -71,9 +71,8 @@ def test_interrupted_and_resumed_is_the_straight_run(
     assert command.wait(timeout=60) == 128 + signum
     assert "The same command with --resume continues from it." in command.stderr
     _assert_gone(command.pid)
-    (checkpoint,) = (out / "checkpoints").iterdir()
     assert not (out / "export").exists()
-    assert not checkpoint.name.startswith("epoch-0006")
+    assert not list((out / "checkpoints").glob("epoch-0006*"))
     commands.run(*arguments(images, out, "--resume"), check=True)
     assert_same(out, straight)
 
@@ -156,8 +155,8 @@ def test_a_run_stopped_before_its_validation_has_no_rate_for_that_epoch(images: 
 
 def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
     pretrain(config(images, tmp_path / "run"))
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    (checkpoint / "model.safetensors").write_bytes(b"\0" * 100)
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(UsageError, match=r"Cannot read the checkpoint .*: restore it, or start again"):
         pretrain(config(images, tmp_path / "run", resume=True))
 

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from timm_etf.atomic import UNFINISHED
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.processes import any_problem
 
 _POSITION = "position.json"
 _FREE_TO_CHANGE = {
@@ -27,7 +30,9 @@ class Position:
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
-    """Sum of the training losses of these steps on the first process, for the epoch's mean."""
+    """Sum over these steps of the training loss, for the epoch's mean."""
+    top1: float | None = None
+    """Validation accuracy in percent after the epoch that ends here."""
 
 
 def fingerprint(config: PretrainConfig, num_classes: int, world_size: int) -> dict[str, Any]:
@@ -60,20 +65,20 @@ def check_resume(out: Path, expected: dict[str, Any]) -> None:
             )
 
 
-def save(accelerator: Accelerator, out: Path, position: Position) -> Path:
-    """Save model, optimizer, random states and position; called on every process.
+def save(accelerator: Accelerator, out: Path, position: Position, keep: int) -> Path:
+    """Save model, optimizer, average, random states and position; called on every process.
 
-    The folder is written under a temporary name and renamed, and only then are older ones removed: a kill at any moment
-    leaves the newest whole checkpoint.
+    The folder is written under a temporary name and renamed, and only then are older ones removed, but for the `keep`
+    newest and the epoch with the best accuracy: a kill at any moment leaves the newest whole checkpoint.
     """
     folder = out / "checkpoints"
     new = folder / f"epoch-{position.epoch:04d}-step-{position.step:06d}"
     if new.exists():
         return new
-    unfinished = folder / f".unfinished-{new.name}"
+    unfinished = folder / f"{UNFINISHED}{new.name}"
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(".unfinished-*"):  # of a save that was killed
+        for leftover in folder.glob(f"{UNFINISHED}*"):  # of a save that was killed
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
@@ -81,34 +86,72 @@ def save(accelerator: Accelerator, out: Path, position: Position) -> Path:
     if accelerator.is_main_process:
         (unfinished / _POSITION).write_text(json.dumps(dataclasses.asdict(position)), encoding="utf-8")
         unfinished.rename(new)
-        for old in _all(out):
-            if old != new:
-                shutil.rmtree(old)
+        for old in set(all_of(out)[:-keep]) - {best(out)}:
+            doomed = old.rename(folder / f"{UNFINISHED}{old.name}")  # a kill leaves no part of one that looks whole
+            shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
     return new
 
 
 def load_newest(accelerator: Accelerator, out: Path) -> Position:
-    """Load the newest checkpoint into the prepared model and optimizer.
+    """Load the newest checkpoint that can be read into the prepared model and optimizer; called on every process.
 
     Returns:
         Its position; the start if the run was stopped before its first checkpoint.
 
     Raises:
-        UsageError: If the checkpoint cannot be read.
+        UsageError: If there are checkpoints, and none can be read.
     """
-    checkpoints = _all(out)
-    if not checkpoints:
-        return Position()
+    position, damaged = Position(), dict[Path, str]()
+    for checkpoint in reversed(all_of(out)):
+        problem = ""
+        try:
+            position = load(accelerator, checkpoint)
+        except UsageError as e:
+            problem = str(e)
+        if not (problem := any_problem(problem)):  # one process alone must not go back
+            break
+        damaged[checkpoint] = problem
+    else:
+        for problem in damaged.values():
+            raise UsageError(f"{problem}: restore it, or start again with another --out.")
+    if accelerator.is_main_process:
+        for path, problem in damaged.items():
+            print(f"warning: {problem}; going back to the one before.", file=sys.stderr)
+            path.rename(path.with_name(f"{UNFINISHED}{path.name}"))  # or the run would take it for saved
+    return position
+
+
+def load(accelerator: Accelerator, checkpoint: Path) -> Position:
+    """Load a checkpoint into the prepared model and optimizer; returns its position.
+
+    Raises:
+        UsageError: If it cannot be read.
+    """
     try:
-        accelerator.load_state(str(checkpoints[-1]))
-        return Position(**json.loads((checkpoints[-1] / _POSITION).read_text(encoding="utf-8")))
+        accelerator.load_state(str(checkpoint))
+        return _position(checkpoint)
     except Exception as e:  # torch, safetensors and json each have their own errors for a damaged file
-        raise UsageError(
-            f"Cannot read the checkpoint {checkpoints[-1]} ({type(e).__name__}: {first_line(e)}): restore it, "
-            "or start again with another --out."
-        ) from e
+        raise UsageError(f"Cannot read the checkpoint {checkpoint} ({type(e).__name__}: {first_line(e)})") from e
 
 
-def _all(out: Path) -> list[Path]:
+def best(out: Path) -> Path | None:
+    """The checkpoint after the epoch with the best validation accuracy, the earlier one of two that are level."""
+    found = None
+    for checkpoint in all_of(out):
+        try:
+            top1 = _position(checkpoint).top1
+        except (OSError, ValueError, TypeError):  # a damaged one
+            continue
+        if top1 is not None and (found is None or top1 > found[0]):
+            found = top1, checkpoint
+    return found[1] if found else None
+
+
+def _position(checkpoint: Path) -> Position:
+    return Position(**json.loads((checkpoint / _POSITION).read_text(encoding="utf-8")))
+
+
+def all_of(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
     return sorted((out / "checkpoints").glob("epoch-*"))

@@ -23,6 +23,7 @@ from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.sampling import EpochSampler, SeededStream
+from timm_etf.pretrain.watch import SIGNALS
 
 CHECKED_IMAGES = 20_000
 """Images decoded before training starts: all of a small set, an even sample of a larger one."""
@@ -177,8 +178,9 @@ class TrainLoader:
             self.source = EpochSampler(self.num_samples, config.batch_size, rank, world_size, config.seed)
             seeded = SeededDataset(dataset, config.seed)
             self.loader = Loader(seeded, config, sampler=self.source, drop_last=True)
-        self.steps_per_epoch = self.num_samples // (config.batch_size * world_size)
-        if self.steps_per_epoch == 0:
+        self.batches_per_epoch = self.num_samples // (config.batch_size * world_size)
+        self.steps_per_epoch = -(-self.batches_per_epoch // config.grad_accum_steps)
+        if self.batches_per_epoch == 0:
             raise UsageError(
                 f"{self.num_samples} training images do not fill one step of {config.batch_size} x {world_size} "
                 f"processes: use --batch-size {max(1, self.num_samples // world_size)} or less."
@@ -192,7 +194,7 @@ class TrainLoader:
         # A stream cannot be entered in the middle: what was seen before is read again and dropped.
         self.source.start_at(epoch)
         self.loader.generator.manual_seed(self.source.loader_seed)
-        return islice(iter(self.loader), first_step, self.steps_per_epoch)
+        return islice(iter(self.loader), first_step, self.batches_per_epoch)
 
 
 def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> "Loader":
@@ -244,7 +246,7 @@ def _signals_wait() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -252,9 +254,9 @@ def _signals_wait() -> Iterator[None]:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Let the main process alone answer Ctrl-C and SIGTERM: it saves a checkpoint while the workers still serve it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let the main process alone answer signals: it saves a checkpoint while the workers still serve it."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any, Any]:

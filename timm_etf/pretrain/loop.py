@@ -2,11 +2,10 @@
 
 import json
 import math
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from timm_etf.atomic import write_text
 from timm_etf.errors import Interrupted, UsageError
 from timm_etf.pretrain import checkpoint
 from timm_etf.pretrain.checkpoint import Position
+from timm_etf.pretrain.clock import Clock, advice, shares
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.setup import Run, setup
 from timm_etf.pretrain.validation import validate
+from timm_etf.pretrain.watch import Watch
 from timm_etf.report.results import write as write_results
 from timm_etf.variants import SW_SUFFIX, base_name
 
@@ -49,79 +50,111 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     run = setup(config)
     try:
-        with _Stop(run.accelerator) as stop:
-            metrics = _train(run, stop)
+        with Watch(run.accelerator, config.checkpoint_steps, config.checkpoint_minutes) as watch:
+            metrics = _train(run, watch)
             results = _finish(run, metrics)
     finally:
         run.close()
-    if stop.signum:
-        raise Interrupted(stop.signum, f"Stopped, after the run in {config.out} was complete.")
+    if watch.signum:
+        raise Interrupted(watch.signum, f"Stopped, after the run in {config.out} was complete.")
     return results
 
 
-def _train(run: Run, stop: "_Stop") -> dict[str, Any]:
+def _train(run: Run, watch: Watch) -> dict[str, Any]:
     """Train the epochs that are left, with a validation and a checkpoint after each; returns the last one's metrics."""
     accelerator, config = run.accelerator, run.config
     log = _Log(config.out / "log.jsonl", run.position) if accelerator.is_main_process else None
     metrics: dict[str, Any] = {}
+    advised, clock = "", Clock()
     with _progress(run) as bar:
         while run.position.epoch < config.epochs:
             epoch, first_step = run.position.epoch, run.position.step
             bar.set_description_str(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
-            started = time.perf_counter()
-            run.position = trained = _train_epoch(run, stop, bar)
-            seconds = time.perf_counter() - started
-            if stop.agreed:
-                saved = checkpoint.save(accelerator, config.out, run.position)
+            run.position = trained = _train_epoch(run, watch, clock, bar)
+            if watch.ends:
+                saved = _save(run, clock)
                 message = f"Stopped; {saved} is saved. The same command with --resume continues from it."
-                raise Interrupted(stop.signum, message)
-            metrics = validate(accelerator, run.step.model, run.val)
+                raise Interrupted(watch.signum, message)
+            with clock.measure("validating"):
+                metrics = _validate(run)
             metrics["train_loss"] = trained.loss_sum / max(1, trained.step)
-            steps = trained.step - first_step
-            if steps:  # none, if a run was stopped between the last step and the validation
-                metrics["images_per_second"] = steps * run.images_per_step / seconds
-            run.position = Position(epoch + 1)
+            metrics["seconds"] = seconds = {part: round(s, 3) for part, s in clock.lap().items()}
+            batches = sum(map(run.batches_of, range(first_step, trained.step)))
+            if batches:  # none, if a run was stopped between the last step and the validation
+                images = batches * run.images_per_batch
+                metrics["images_per_second"] = images / (seconds["waiting"] + seconds["stepping"])
+            run.position = Position(epoch + 1, top1=metrics["top1"])
             if log:  # before the checkpoint: a resume drops lines that are ahead of it, but could not make up for one
                 bar.write("  ".join([bar.desc, *(t.format(metrics[k]) for k, t in _SHOWN.items() if k in metrics)]))
+                if (faster := advice(seconds, config, accelerator.device)) != advised:
+                    advised = faster
+                    bar.write(f"time: {shares(seconds)}" + (f"; faster with {faster}" if faster else ""))
                 log.append({"epoch": epoch + 1, "lr": run.step.lr, **metrics})
-            accelerator.log(metrics, step=epoch + 1)
-            checkpoint.save(accelerator, config.out, run.position)
+            accelerator.log({k: v for k, v in metrics.items() if k != "seconds"}, step=epoch + 1)
+            _save(run, clock)
+            watch.saved()
     return metrics
 
 
-def _train_epoch(run: Run, stop: "_Stop", bar: tqdm) -> Position:
+def _train_epoch(run: Run, watch: Watch, clock: Clock, bar: tqdm) -> Position:
     """Train the rest of an epoch, or up to a request to stop; returns the new position."""
     run.step.model.train()
     epoch, step, loss_sum = run.position.epoch, run.position.step, run.position.loss_sum
     last = run.train.steps_per_epoch
     unread: list[torch.Tensor] = []  # reading a loss waits for the device, so it is done every 20 steps
-    for images, targets in run.train.epoch(epoch, step):
-        unread.append(run.step(images, targets, epoch * last + step))
-        run.record()
-        step += 1
-        bar.update(run.images_per_step)
-        ends = stop.requested_now(step, last=step == last)
-        if ends or len(unread) == 20 or step == last:
-            loss_sum = sum(torch.stack(unread).tolist(), start=loss_sum)
-            unread.clear()
-            if not math.isfinite(loss_sum):
-                raise UsageError(
-                    f"The loss is not finite at step {step} of epoch {epoch + 1}: the training diverged; lower --lr or "
-                    "--weight-decay, warm up for longer, or leave --amp fp16."
-                )
-            bar.set_postfix(loss=f"{loss_sum / step:.3f}", refresh=False)
-        if ends:
-            break
+    first = min(step * run.config.grad_accum_steps, run.train.batches_per_epoch)
+    batches = clock.waits(run.train.epoch(epoch, first))
+    while step < last and not watch.ends:
+        count = run.batches_of(step)
+        with clock.measure("stepping"):
+            unread.append(run.step(islice(batches, count), count, epoch * last + step))
+            run.record()
+            step += 1
+            bar.update(count * run.images_per_batch)
+            watch.after(step, last=step == last)
+            if watch.ends or watch.saves or len(unread) == 20 or step == last:
+                losses = run.accelerator.reduce(torch.stack(unread), "mean")
+                loss_sum = sum(losses.tolist(), start=loss_sum)
+                unread.clear()
+                if not math.isfinite(loss_sum):
+                    raise UsageError(
+                        f"The loss is not finite at step {step} of epoch {epoch + 1}: the training diverged; lower "
+                        "--lr or --weight-decay, set --clip-grad, warm up for longer, or leave --amp fp16."
+                    )
+                bar.set_postfix(loss=f"{loss_sum / step:.3f}", refresh=False)
+        if watch.saves and not watch.ends:
+            run.position = Position(epoch, step, loss_sum)
+            _save(run, clock)
+            watch.saved()
     return Position(epoch, step, loss_sum)
+
+
+def _validate(run: Run) -> dict[str, Any]:
+    """Score what is exported, and under an average of the weights the last ones too, as `raw_top1`."""
+    if run.step.ema is None:
+        return validate(run.accelerator, run.step.model, run.val)
+    raw = validate(run.accelerator, run.step.model, run.val)
+    return {**validate(run.accelerator, run.step.ema.module, run.val), "raw_top1": raw["top1"]}
+
+
+def _save(run: Run, clock: Clock) -> Path:
+    with clock.measure("saving"):
+        return checkpoint.save(run.accelerator, run.config.out, run.position, run.config.checkpoint_hist)
 
 
 def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write results.json and export/; returns the results."""
     accelerator, config = run.accelerator, run.config
-    if not metrics:  # resumed after the last epoch
-        metrics = validate(accelerator, run.step.model, run.val)
+    best = checkpoint.best(config.out) if config.export == "best" else None
+    if best:
+        checkpoint.load(accelerator, best)
+    if best or not metrics:  # no metrics, if resumed after the last epoch
+        metrics = _validate(run)
     results = {"source": {"data": config.dataset if config.data_dir is None else config.data_dir.name, **metrics}}
+    results["source"].pop("seconds", None)
     results["source"]["epochs"], results["source"]["seed"] = config.epochs, config.seed
+    if best:
+        results["source"]["exported"] = f"the best of all epochs by these images, {best.name}"
     if accelerator.is_main_process:
         results["source"] |= {
             "train_images": run.train.num_samples,
@@ -130,7 +163,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         }
         write_results(config.out / "results.json", results)
         hub.export(
-            run.plain_model.cpu(),
+            run.averaged_model.cpu(),
             config.out / "export",
             data_config=run.data_config,
             label_names=run.class_names,
@@ -169,51 +202,16 @@ def summary(config: PretrainConfig, results: dict[str, Any]) -> str:
 
 @contextmanager
 def _progress(run: Run) -> Iterator[tqdm]:
-    steps = run.train.steps_per_epoch
+    batches = run.train.batches_per_epoch
     with tqdm(
-        total=run.config.epochs * steps * run.images_per_step,
-        initial=(run.position.epoch * steps + run.position.step) * run.images_per_step,
+        total=run.config.epochs * batches * run.images_per_batch,
+        initial=(run.position.epoch * batches + run.position.step * run.config.grad_accum_steps) * run.images_per_batch,
         unit="img",
         smoothing=0.05,
         mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file needs no more
         disable=not run.accelerator.is_main_process,
     ) as bar:
         yield bar
-
-
-class _Stop:
-    """Remembers a first Ctrl-C or SIGTERM so that the loop can end after its step; a second one acts at once."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.signum = 0
-        self.agreed = False
-        """Whether the processes agreed to stop."""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._remember)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _remember(self, signum: int, frame: object) -> None:
-        self.signum = signum
-        signal.signal(signum, self._previous[signum])
-
-    def requested_now(self, step: int, *, last: bool) -> bool:
-        """Whether to end after this step; several processes agree on it every 10 steps and after the `last`."""
-        if self.accelerator.num_processes == 1:
-            self.agreed = bool(self.signum)
-        elif step % 10 == 0 or last:
-            flag = torch.tensor(self.signum, device=self.accelerator.device)
-            # The signal may have reached one process only: the others take its number.
-            self.signum = int(self.accelerator.gather(flag.unsqueeze(0)).max().item())
-            self.agreed = bool(self.signum)
-        return self.agreed
 
 
 class _Log:

@@ -16,19 +16,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, parse_flag_from_env, set_seed
 from PIL import Image
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
 from timm_etf.atomic import require_new_folder, write_json, write_text
-from timm_etf.classifier import fixed_classifiers
+from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain import checkpoint, data
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
 from timm_etf.pretrain.step import Step
+from timm_etf.pretrain.warm_start import warm_start
 from timm_etf.variants import base_name
 
 
@@ -54,9 +56,18 @@ class Run:
         return self.accelerator.unwrap_model(self.step.model, keep_torch_compile=False)
 
     @property
-    def images_per_step(self) -> int:
-        """Images over all processes."""
+    def averaged_model(self) -> nn.Module:
+        """What is validated and exported: the average of the weights, where the run has one."""
+        return self.step.ema.module if self.step.ema else self.plain_model
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a forward pass over all processes."""
         return self.config.batch_size * self.accelerator.num_processes
+
+    def batches_of(self, step: int) -> int:
+        """Forward passes of an epoch's step, on each process: the last step takes those that are left."""
+        return min(self.config.grad_accum_steps, self.train.batches_per_epoch - step * self.config.grad_accum_steps)
 
     def record(self) -> None:
         """Write run.json and start the tracker; only after the first step, so that a failed start leaves nothing."""
@@ -113,6 +124,7 @@ def setup(config: PretrainConfig) -> Run:
         checkpoint.check_resume(config.out, settings)
     set_seed(config.seed)
     model = _create_model(config, settings["frame_seed"], task.num_classes)
+    _adapt(model, config)
     objective, mixup = Objective(config, model), data.mixup(config, task.num_classes)
     data_config = _data_config(config, model)
     with _blaming("--auto-augment and the other options of the images"):
@@ -126,9 +138,7 @@ def setup(config: PretrainConfig) -> Run:
         # In a copy, because it changes the model's statistics.
         objective(copy.deepcopy(model).train(), *(mixup(*batch) if mixup else batch))
     with _blaming("--opt"):
-        optimizer: Any = create_optimizer_v2(
-            model, opt=config.opt, layer_decay=config.layer_decay, **config.parsed_opt_kwargs
-        )
+        optimizer = _optimizer(model, config)
     with _blaming("--sched"):
         schedule, _ = create_scheduler_v2(
             optimizer,
@@ -143,9 +153,15 @@ def setup(config: PretrainConfig) -> Run:
     _require_same_frames(model)
     # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
     random_seed(config.seed, accelerator.process_index)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    prepared, optimizer = accelerator.prepare(model.to(memory_format=memory_format), optimizer)
-    step = Step(accelerator, prepared, optimizer, schedule, objective, mixup)
+    if config.sync_bn:
+        model = convert_sync_batchnorm(model)
+    ema = None
+    if config.model_ema:  # before accelerate puts anything around the model
+        model = model.to(accelerator.device)
+        ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        accelerator.register_for_checkpointing(ema)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    step = Step(config, accelerator, prepared, optimizer, schedule, objective, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
 
@@ -171,11 +187,18 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
         )
     folder = str(config.out) if config.tracker else None
     with _blaming("--amp and accelerate config"):
-        accelerator = Accelerator(mixed_precision=config.amp, log_with=config.tracker, project_dir=folder)
+        accelerator = Accelerator(
+            mixed_precision=config.amp,
+            log_with=config.tracker,
+            project_dir=folder,
+            dynamo_backend="inductor" if config.compile else None,
+        )
+    if config.sync_bn and accelerator.device.type == "cpu":
+        raise UsageError("--sync-bn needs GPUs: PyTorch has no BatchNorm over processes for CPUs.")
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise UsageError(
-            f"The launcher asks for gradient_accumulation_steps {steps}, which pretraining cannot do: set it to 1 and "
-            "choose --batch-size and --lr for the batch that fits."
+            f"The launcher asks for gradient_accumulation_steps {steps}: set it to 1 there, and use "
+            f"--grad-accum-steps {steps}, which is recorded with the run."
         )
     return accelerator
 
@@ -202,6 +225,31 @@ def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int) -> 
         raise UsageError(f"{name}: {e}") from None
     except Exception as e:  # an argument that this architecture does not take, or a value that some layer refuses
         raise UsageError(f"{name}: {first_line(e).rstrip('.')}. Check --model-kwargs.") from e
+
+
+def _adapt(model: nn.Module, config: PretrainConfig) -> None:
+    """Weights to start from, and what changes how the model computes but not what."""
+    if config.initial_weights and not (config.resume and checkpoint.all_of(config.out)):
+        warm_start(model, config.initial_weights, in_chans=config.in_chans, **_img_size(config))
+    if config.grad_checkpointing:
+        with _blaming("--grad-checkpointing"):
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+
+def _optimizer(model: nn.Module, config: PretrainConfig) -> Any:
+    """timm's optimizer of what is trainable."""
+    optimizer: Any = create_optimizer_v2(
+        model, opt=config.opt, layer_decay=config.layer_decay, **config.parsed_opt_kwargs
+    )
+    heads = tuple(f"{name}." for name in classifier_names(model))
+    if config.layer_decay and not any(name.startswith(heads) for name, _ in model.named_parameters()):
+        # timm counts layers from the last that is trained. Beside a learned classifier that is the classifier's, and
+        # under a fixed one the backbone has to learn at the same rates.
+        for group in optimizer.param_groups:
+            group["lr_scale"] *= config.layer_decay
+    return optimizer
 
 
 def _img_size(config: PretrainConfig) -> dict[str, Any]:

@@ -1,58 +1,89 @@
 """One optimizer step."""
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from timm.data import Mixup
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from timm_etf.classifier import classifier_names
+from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
 
 
 class Step:
-    """What happens to a batch: schedule, mixup, forward, loss, backward, optimizer.
+    """What happens to the batches of a step: schedule, mixup, forward, loss, backward, clipping, optimizer, average.
 
     Args:
+        config: The run's settings.
         accelerator: The process, its device and precision.
         model: The prepared model.
         optimizer: Its prepared optimizer.
         schedule: timm's schedule of the learning rate; None for a constant one.
         objective: The loss.
         mixup: timm's mixup; None for none.
+        ema: timm's average of the weights; None for none.
     """
 
     def __init__(
         self,
+        config: PretrainConfig,
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: Any,
         schedule: Any,
         objective: Objective,
         mixup: Mixup | None,
+        ema: ModelEmaV3 | None,
     ) -> None:
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self.schedule, self.objective, self.mixup = schedule, objective, mixup
+        self.clip_grad, self.clip_mode = config.clip_grad, config.clip_mode
+        self.memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        self.plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        # timm takes the last two parameters for the classifier's, which a fixed one does not have.
+        spared = tuple(f"{name}." for name in classifier_names(self.plain)) if config.clip_mode == "agc" else ()
+        self.clipped = [p for name, p in self.plain.named_parameters() if not name.startswith(spared)]
 
-    def __call__(self, images: Tensor, targets: Tensor, update: int) -> Tensor:
-        """Train on images [B, C, H, W] with class indices [B], as update number `update` of the run.
+    def __call__(self, batches: Iterable[tuple[Tensor, Tensor]], count: int, update: int) -> Tensor:
+        """Train on `count` batches of images [B, C, H, W] with class indices [B], as update `update` of the run.
 
         Returns:
-            The loss, still on the device: reading it would wait for the step to be done.
+            The mean loss of the batches, still on the device: reading it would wait for the step to be done.
         """
         if self.schedule:
             self.schedule.step_update(update)
-        images = images.to(self.accelerator.device, non_blocking=True)
-        targets = targets.to(self.accelerator.device, non_blocking=True)
+        losses = []
+        for number, (images, targets) in enumerate(batches, 1):
+            # Processes exchange their gradients once, with the last batch.
+            with self.accelerator.no_sync(self.model) if number < count else nullcontext():
+                losses.append(self._backward(images, targets, count))
+        if self.clip_grad is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            dispatch_clip_grad(self.clipped, self.clip_grad, self.clip_mode)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.plain, step=update + 1)
+        return torch.stack(losses).sum()
+
+    def _backward(self, images: Tensor, targets: Tensor, count: int) -> Tensor:
+        """Add the gradients of one of `count` batches; returns its part of the mean loss."""
+        device = self.accelerator.device
+        images = images.to(device, non_blocking=True, memory_format=self.memory_format)
+        targets = targets.to(device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
         with self.accelerator.autocast():
-            loss = self.objective(self.model, images, targets)
+            loss = self.objective(self.model, images, targets) / count
         self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss.detach()
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
+        """The highest learning rate of the last step: the classifier's, where layers have rates of their own."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
