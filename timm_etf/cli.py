@@ -29,7 +29,7 @@ def main() -> None:
         verb = next(iter(sys.argv[1:]), "")
         if verb not in VERBS:
             _show_verbs(verb)
-        settings = tyro.cli(_settings(verb), prog=f"timm-etf {verb}", args=sys.argv[2:])
+        settings = tyro.cli(_settings(verb), prog=f"timm-etf {verb}", args=_arguments(verb))
         printed = settings if isinstance(settings, str) else _run(verb, settings)
         if printed and is_first_process():
             print(printed)
@@ -46,6 +46,14 @@ def _show_verbs(verb: str) -> None:
     lines += [f"  {name:<{width}}  {about}" for name, about in VERBS.items()]
     print("\n".join([*lines, "", "timm-etf VERB --help tells the rest."]), file=None if asked else sys.stderr)
     sys.exit(0 if asked else 2)
+
+
+def _arguments(verb: str) -> list[str]:
+    if verb != "pretrain":
+        return sys.argv[2:]
+    from timm_etf.pretrain.recipe import with_recipe
+
+    return with_recipe(sys.argv[2:])
 
 
 def _settings(verb: str) -> Any:

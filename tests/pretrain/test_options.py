@@ -14,7 +14,14 @@ from timm_etf import UsageError
 from timm_etf.pretrain.loop import pretrain
 from timm_etf.pretrain.setup import setup
 
-PLAIN: dict[str, Any] = {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "sched": "none", "lr": 0.1, "smoothing": 0.0}
+PLAIN: dict[str, Any] = {
+    "opt": "momentum",
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "sched": "none",
+    "lr": 0.1,
+    "smoothing": 0.0,
+}
 """Plain gradient descent, so that a step is its gradient."""
 
 EVERY_STEP: dict[str, Any] = {"checkpoint_steps": 1, "checkpoint_hist": 100}

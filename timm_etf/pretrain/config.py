@@ -58,8 +58,10 @@ _RANGES = {
 class PretrainConfig:
     """Pretrain a timm architecture, with a fixed or a learned classifier.
 
-    The run folder receives run.json, log.jsonl, checkpoints/ and, at the end, results.json and export/ (ready for the
-    Hub). Ctrl-C or SIGTERM saves a checkpoint first; the same command with --resume continues from it.
+    --config FILE reads options from a yaml file, one per line under their own names (batch_size: 256); options beside
+    it count more. The run folder receives run.json, config.yaml (all options; --config repeats the run), log.jsonl,
+    curves.png, checkpoints/ and, at the end, results.json and export/ (ready for the Hub). Ctrl-C or SIGTERM saves a
+    checkpoint first, and so does SIGUSR1, which then exits with status 75; the same command with --resume continues.
     """
 
     model: str

@@ -1,7 +1,6 @@
 """What a run needs before its first step, made and tried out before anything is written."""
 
 import copy
-import dataclasses
 import os
 import platform
 import sys
@@ -25,7 +24,7 @@ from torch import nn
 from timm_etf.atomic import require_new_folder, write_json, write_text
 from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
-from timm_etf.pretrain import checkpoint, data
+from timm_etf.pretrain import checkpoint, data, recipe
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
@@ -79,7 +78,6 @@ class Run:
             packages = ("timm_etf", "torch", "timm", "accelerate", "safetensors", "huggingface_hub")
             record = {
                 "settings": self.settings,
-                "command": {k: str(v) for k, v in dataclasses.asdict(self.config).items() if v is not None},
                 "data_config": self.data_config,
                 "train_images": self.train.num_samples,
                 "steps_per_epoch": self.train.steps_per_epoch,
@@ -89,6 +87,7 @@ class Run:
             }
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "run.json", record)
+            recipe.write(self.config, out / "config.yaml")
             if self.config.data_dir and (licenses := self.config.data_dir / "LICENSES.md").exists():
                 write_text(out / "DATA_LICENSES.md", licenses.read_text(encoding="utf-8"))
         if self.config.tracker:
