@@ -1,5 +1,6 @@
 """Options of a step and of a model, each against a calculation of its own."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _top1(net: Any, images: Path) -> float:
 def _gradients_of_steps(run: Path, lr: float) -> list[dict[str, torch.Tensor]]:
     """What each step has taken the weights by, over the learning rate."""
     seen = states(run)
-    return [{k: (a[k] - b[k]) / lr for k in a} for a, b in zip(seen, seen[1:], strict=False)]
+    return [{k: (a[k] - b[k]) / lr for k in a} for a, b in pairwise(seen)]
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
