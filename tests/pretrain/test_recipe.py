@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tyro
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import commands
@@ -43,6 +43,7 @@ _VALUES = {
 
 
 @given(st.data())
+@settings(max_examples=20, deadline=None)
 def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     changes: dict[str, Any] = {}
     for name in data.draw(st.sets(st.sampled_from(["lr", "batch_size", "train_split", "clip_grad", "mean", "resume"]))):

@@ -30,7 +30,8 @@ def test_a_run_learns_and_leaves_what_it_promises(straight: Path) -> None:
     assert [record["epoch"] for record in log] == [1, 2, 3, 4, 5, 6]
     assert log[-1]["top1"] > 60  # five classes: 20 % is chance
     assert all(record["count"] == 37 for record in log)
-    assert {p.name for p in straight.iterdir()} == {"run.json", "log.jsonl", "checkpoints", "results.json", "export"}
+    promised = {"run.json", "config.yaml", "log.jsonl", "curves.png", "checkpoints", "results.json", "export"}
+    assert {p.name for p in straight.iterdir()} == promised
     run = json.loads((straight / "run.json").read_text())
     assert run["fixed_classifiers"] == ["fc"]
     assert run["settings"]["architecture"] == "test_resnet_etf"

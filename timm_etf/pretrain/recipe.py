@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -67,11 +67,6 @@ def _arguments(file: Path) -> list[str]:
 
 def write(config: PretrainConfig, file: Path) -> None:
     """Write all options of a run, so that `--config` repeats it."""
-    options: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        options[field.name] = (
-            list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-        )
+    options = json.loads(json.dumps(dataclasses.asdict(config), default=str))  # tuples as lists, paths as text
     del options["resume"]
     write_text(file, yaml.safe_dump(options, sort_keys=False))

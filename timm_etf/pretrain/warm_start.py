@@ -1,6 +1,7 @@
 """Starting from weights that are there, under a new classifier."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import load_state_dict
@@ -27,7 +28,7 @@ def warm_start(model: nn.Module, weights: str, in_chans: int, img_size: int | No
         if Path(weights).is_file():
             found = load_state_dict(weights)
         else:
-            size = {"img_size": img_size} if img_size else {}
+            size: dict[str, Any] = {"img_size": img_size} if img_size else {}
             found = timm.create_model(weights, pretrained=True, in_chans=in_chans, **size).state_dict()
     except Exception as e:  # timm, the Hub's client and torch each have their own kinds
         raise UsageError(f"Cannot start from {weights} ({first_line(e).rstrip('.')}): check --init.") from e
