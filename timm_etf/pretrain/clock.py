@@ -53,9 +53,10 @@ class Clock:
 
 
 def shares(seconds: dict[str, float]) -> str:
-    """The parts of the time in percent."""
+    """The parts of the time in percent, without those that round to none."""
     total = sum(seconds.values()) or 1.0
-    return ", ".join(f"{100 * seconds[part] / total:.0f} % {words}" for part, words in _PARTS.items())
+    percent = {words: f"{100 * seconds[part] / total:.0f}" for part, words in _PARTS.items()}
+    return ", ".join(f"{share} % {words}" for words, share in percent.items() if share != "0")
 
 
 def advice(seconds: dict[str, float], config: PretrainConfig, device: torch.device) -> str:

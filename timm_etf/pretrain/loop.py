@@ -65,7 +65,7 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
     accelerator, config = run.accelerator, run.config
     log = _Log(config.out / "log.jsonl", run.position) if accelerator.is_main_process else None
     metrics: dict[str, Any] = {}
-    advised, clock = "", Clock()
+    advised, clock = {""}, Clock()
     with _progress(run) as bar:
         while run.position.epoch < config.epochs:
             epoch, first_step = run.position.epoch, run.position.step
@@ -85,10 +85,12 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
                 metrics["images_per_second"] = images / (seconds["waiting"] + seconds["stepping"])
             run.position = Position(epoch + 1, top1=metrics["top1"])
             if log:  # before the checkpoint: a resume drops lines that are ahead of it, but could not make up for one
-                bar.write("  ".join([bar.desc, *(t.format(metrics[k]) for k, t in _SHOWN.items() if k in metrics)]))
-                if (faster := advice(seconds, config, accelerator.device)) != advised:
-                    advised = faster
-                    bar.write(f"time: {shares(seconds)}" + (f"; faster with {faster}" if faster else ""))
+                shown = [t.format(metrics[k]) for k, t in _SHOWN.items() if k in metrics]
+                bar.write("  ".join([bar.desc, *shown, f"({shares(seconds)})"]))
+                faster = advice(seconds, config, accelerator.device)
+                if faster not in advised:
+                    advised.add(faster)
+                    bar.write(f"faster with {faster}")
                 log.append({"epoch": epoch + 1, "lr": run.step.lr, **metrics})
             accelerator.log({k: v for k, v in metrics.items() if k != "seconds"}, step=epoch + 1)
             _save(run, clock)
