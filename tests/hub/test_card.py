@@ -236,3 +236,26 @@ def test_snippets_run(tmp_path: Path, images: Path, name: str) -> None:
     shutil.copytree(images / "validation", tmp_path / "DATA")
     done = commands.run(code=code, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("init", "base"),
+    [
+        ("resnet50.a1_in1k", "timm/resnet50.a1_in1k"),
+        ("resnet50", "timm/resnet50.a1_in1k"),
+        ("hf-hub:ORG/NAME@v1", "ORG/NAME"),
+        ("resnet10t_etf.icons400", "timm-etf/resnet10t_etf.icons400"),
+        ("local-dir:somewhere", None),
+        ("weights.safetensors", None),
+        (None, None),
+    ],
+)
+def test_weights_that_training_started_from_are_named(init: str | None, base: str | None) -> None:
+    config = {"architecture": "resnet50", "num_classes": 5, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    config["pretrained_cfg"] |= {"mean": [0.5], "std": [0.5]}
+    etf = {"frame": "simplex", "seed": 0, "num_classes": 5, "coherence": -0.25, "bound": -0.25, "dims": ["fc"]}
+    etf |= {"logit_scale": 1.0, "projector": None, "feature_norm": False, "versions": {}, "recipe": {"init": init}}
+    text = card({**config, "etf": etf}, {})
+    data = ModelCard(text).data
+    assert data.base_model == base
+    assert ("started from the weights" in text) == bool(init)

@@ -73,6 +73,7 @@ def card(
         pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
         license=license,
         datasets=[dataset] if reader in ("hfds", "hfids") else None,
+        base_model=_base_model(recipe.get("init")),
         model_name=name,
         eval_results=evaluations or None,
         tags=["image-classification", "timm", *(["etf", "fixed-classifier", "neural-collapse"] if etf else [])],
@@ -195,6 +196,18 @@ def _losses(transfer: list[Own]) -> list[str]:
         for target, row in found["targets"].items()
         if (difference := row.get("difference")) and difference["interval_over_test_images"][1] < 0
     ]
+
+
+def _base_model(init: str | None) -> str | None:
+    """Repository on the Hub of the weights that training started from, if they have one."""
+    import timm
+
+    source, colon, name = (init or "").partition(":")
+    if colon:
+        return name.partition("@")[0] if source in ("hf-hub", "hf_hub") else None
+    if not timm.is_model(source) or (cfg := timm.get_pretrained_cfg(source)) is None or not cfg.hf_hub_id:
+        return None
+    return cfg.hf_hub_id + (f"{cfg.architecture}.{cfg.tag}" if cfg.hf_hub_id.endswith("/") else "")
 
 
 def _evaluations(results: Checkpoint) -> list[Any]:

@@ -17,7 +17,7 @@ from timm_etf.processes import any_problem
 
 _POSITION = "position.json"
 _FREE_TO_CHANGE = {
-    *("out", "data_dir", "workers", "tracker", "resume", "amp", "model", "compile", "channels_last"),
+    *("out", "data_dir", "workers", "tracker", "resume", "amp", "model", "pretrained", "compile", "channels_last"),
     *("grad_checkpointing", "checkpoint_hist", "checkpoint_steps", "checkpoint_minutes", "export"),
 }
 """Settings that a resumed run may change; the model is compared by its resolved architecture."""
@@ -39,6 +39,7 @@ def fingerprint(config: PretrainConfig, num_classes: int, world_size: int) -> di
     """The settings that decide what a run computes; a checkpoint fits a run with the same ones."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_TO_CHANGE}
     settings |= {"architecture": config.architecture, "num_classes": num_classes, "processes": world_size}
+    settings["init"] = config.initial_weights
     settings["frame_seed"] = config.seed if config.frame_seed is None else config.frame_seed
     return json.loads(json.dumps(settings, default=str))
 
