@@ -75,7 +75,7 @@ def _train(run: Run, stop: "_Stop") -> dict[str, Any]:
                 saved = checkpoint.save(accelerator, config.out, run.position)
                 message = f"Stopped; {saved} is saved. The same command with --resume continues from it."
                 raise Interrupted(stop.signum, message)
-            metrics = validate(accelerator, run.step.model, run.val)
+            metrics = validate(accelerator, run.step.model, run.val, run.step.pixels)
             metrics["train_loss"] = trained.loss_sum / max(1, trained.step)
             steps = trained.step - first_step
             if steps:  # none, if a run was stopped between the last step and the validation
@@ -119,7 +119,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write results.json and export/; returns the results."""
     accelerator, config = run.accelerator, run.config
     if not metrics:  # resumed after the last epoch
-        metrics = validate(accelerator, run.step.model, run.val)
+        metrics = validate(accelerator, run.step.model, run.val, run.step.pixels)
     results = {"source": {"data": config.dataset if config.data_dir is None else config.data_dir.name, **metrics}}
     results["source"]["epochs"], results["source"]["seed"] = config.epochs, config.seed
     if accelerator.is_main_process:

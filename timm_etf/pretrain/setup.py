@@ -122,7 +122,7 @@ def setup(config: PretrainConfig) -> Run:
     train = data.TrainLoader(task.train, config, accelerator.process_index, accelerator.num_processes)
     val = data.val_loader(task.val, config, accelerator.process_index, accelerator.num_processes)
     with _blaming("--img-size, --batch-size and --model-kwargs"):
-        batch = images, torch.arange(len(images))
+        batch = data.Pixels(config, data_config, torch.device("cpu"))(images), torch.arange(len(images))
         # In a copy, because it changes the model's statistics.
         objective(copy.deepcopy(model).train(), *(mixup(*batch) if mixup else batch))
     with _blaming("--opt"):
@@ -138,14 +138,15 @@ def setup(config: PretrainConfig) -> Run:
             step_on_epochs=False,
             updates_per_epoch=train.steps_per_epoch,
         )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not config.resume:  # a run that has begun has checked them
         data.check_images(task.train, task.val)
     _require_same_frames(model)
     # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
     random_seed(config.seed, accelerator.process_index)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     prepared, optimizer = accelerator.prepare(model.to(memory_format=memory_format), optimizer)
-    step = Step(accelerator, prepared, optimizer, schedule, objective, mixup)
+    pixels = data.Pixels(config, data_config, accelerator.device)
+    step = Step(accelerator, prepared, optimizer, schedule, objective, pixels, mixup)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
 

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor, nn
 
+from timm_etf.pretrain.data import Pixels
 from timm_etf.pretrain.objective import Objective
 
 
@@ -18,6 +19,7 @@ class Step:
         optimizer: Its prepared optimizer.
         schedule: timm's schedule of the learning rate; None for a constant one.
         objective: The loss.
+        pixels: What makes images of the loader's batches.
         mixup: timm's mixup; None for none.
     """
 
@@ -28,20 +30,21 @@ class Step:
         optimizer: Any,
         schedule: Any,
         objective: Objective,
+        pixels: Pixels,
         mixup: Mixup | None,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.schedule, self.objective, self.mixup = schedule, objective, mixup
+        self.schedule, self.objective, self.pixels, self.mixup = schedule, objective, pixels, mixup
 
     def __call__(self, images: Tensor, targets: Tensor, update: int) -> Tensor:
-        """Train on images [B, C, H, W] with class indices [B], as update number `update` of the run.
+        """Train on uint8 images [B, C, H, W] with class indices [B], as update number `update` of the run.
 
         Returns:
             The loss, still on the device: reading it would wait for the step to be done.
         """
         if self.schedule:
             self.schedule.step_update(update)
-        images = images.to(self.accelerator.device, non_blocking=True)
+        images = self.pixels(images, training=True)
         targets = targets.to(self.accelerator.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
