@@ -86,7 +86,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_batches(images: Path, tmp_p
     net = timm.create_model("test_vit_etf", num_classes=5).double()
     net.load_state_dict(before)
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    x = x.double() if x.is_floating_point() else run.pixels(x).double()
+    x = run.step.pixels(x).double()
     torch.nn.functional.cross_entropy(net(x), y).backward()
     for name, parameter in net.named_parameters():
         expected = before[name].double() - 0.1 * parameter.grad

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 
 class SeededDataset(Dataset[Any]):
-    """Images whose random augmentation depends on (seed, epoch, index) alone: not on workers, processes or a resume.
+    """Images whose random augmentation depends on (seed, item) alone: not on workers, processes or a resume.
 
     Args:
         dataset: A map-style data set with its transform.
         seed: Of the augmentation.
 
-    An item is `epoch * len(dataset) + index`.
+    An item is `round * len(dataset) + index`: in every round an image is augmented anew.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -33,15 +33,20 @@ class SeededDataset(Dataset[Any]):
 
 @contextmanager
 def random_states(*seed: int) -> Iterator[None]:
-    """Seed every generator that an augmentation draws from (timm's crop: Python's), and put them back afterwards."""
+    """Seed every generator that an augmentation draws from (timm's crop: Python's), and put them back afterwards.
+
+    A loader's worker keeps them as they are: nothing else there draws from them, and putting back costs ten times as
+    much as seeding.
+    """
     number = hash(seed) % 2**63  # integers hash alike in every process
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(number)
-        np.random.seed(number % 2**32)
-        torch.default_generator.manual_seed(number)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.random.get_rng_state())
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        if states:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.random.set_rng_state(states[2])

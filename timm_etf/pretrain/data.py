@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from timm_etf.data.images import refuse_linked_folders
+from timm_etf.data.samples import PackedSamples
 from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
-from timm_etf.pretrain.sampling import EpochSampler, SeededStream
+from timm_etf.pretrain.sampling import EpochSampler
+from timm_etf.pretrain.streams import SeededStream, divide, share_out
 from timm_etf.pretrain.watch import SIGNALS
 
 CHECKED_IMAGES = 20_000
@@ -99,6 +101,7 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
             raise UsageError(f"{root} has no folder {split!r} ({there}): name the right one with {option}.")
         if isinstance(dataset.reader, ReaderImageFolder):  # and not a .tar file
             refuse_linked_folders([path for path, _ in dataset.reader.samples])
+            dataset.reader.samples = PackedSamples(dataset.reader.samples)
     return dataset
 
 
@@ -150,57 +153,96 @@ def _unreadable(item: tuple[Any, int]) -> str | None:
     return None
 
 
-class _EveryNth:
-    """Reader that keeps every n-th sample of a stream, so that n processes see each sample once between them."""
-
-    def __init__(self, reader: Any, rank: int, world_size: int) -> None:
-        # The reader's own split over processes pads or drops samples: it is told that it is alone.
-        reader.dist_rank, reader.dist_num_replicas = 0, 1
-        self.reader, self.rank, self.world_size = reader, rank, world_size
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.reader), self.rank, None, self.world_size)
-
-
 class TrainLoader:
-    """Training batches of one process; `epoch(e, first_step)` iterates over them."""
+    """Training batches of one process, as many on each; `epoch(e, first_batch)` iterates over them.
+
+    Args:
+        dataset: timm's data set, with a transform to uint8 tensors.
+        config: The run's settings.
+        rank: Number of this process among `world_size`.
+        world_size: Number of processes.
+
+    Raises:
+        UsageError: If the images do not fill one batch, or a stream cannot be divided among the processes.
+    """
 
     def __init__(self, dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> None:
+        self.config, self.passes = config, max(1, config.epoch_repeats)
+        images_per_batch = config.batch_size * world_size
         self.source: EpochSampler | SeededStream
         if isinstance(dataset, IterableDataset):
-            dataset.set_loader_cfg(num_workers=config.workers)  # type: ignore[attr-defined]
+            if config.aug_repeats > 1:
+                raise UsageError(
+                    "--aug-repeats needs data in any order, and a stream has its own: leave it out, or use a folder or "
+                    "--dataset hfds/NAME."
+                )
+            divide(dataset, rank, world_size, config.workers)
             self.num_samples = dataset.reader.num_samples  # type: ignore[attr-defined]
+            # A stream ends its passes by itself; only whole batches of each are taken.
+            self.batches_per_epoch = self.passes * (self.num_samples // images_per_batch)
             self.source = SeededStream(dataset, config.seed, rank)
-            # Its workers are started anew for every epoch: they shuffle with what they were seeded with at their start.
+            # Its workers are started anew for every pass: they shuffle with what they were seeded with at their start.
             self.loader = Loader(self.source, config, drop_last=True, persistent_workers=False)
         else:
             self.num_samples = len(dataset)
-            self.source = EpochSampler(self.num_samples, config.batch_size, rank, world_size, config.seed)
+            self.source = EpochSampler(
+                self.num_samples,
+                config.batch_size,
+                rank,
+                world_size,
+                config.seed,
+                passes=self.passes,
+                repeats=max(1, config.aug_repeats),
+            )
+            self.batches_per_epoch = self.source.batches_per_epoch
             seeded = SeededDataset(dataset, config.seed)
             self.loader = Loader(seeded, config, sampler=self.source, drop_last=True)
-        self.batches_per_epoch = self.num_samples // (config.batch_size * world_size)
-        self.steps_per_epoch = -(-self.batches_per_epoch // config.grad_accum_steps)
         if self.batches_per_epoch == 0:
             raise UsageError(
-                f"{self.num_samples} training images do not fill one step of {config.batch_size} x {world_size} "
+                f"{self.num_samples} training images do not fill one batch of {config.batch_size} x {world_size} "
                 f"processes: use --batch-size {max(1, self.num_samples // world_size)} or less."
             )
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Any]:
-        """Batches (images, targets) of the given epoch, from `first_step` on."""
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; the last one may accumulate fewer batches than the others."""
+        return -(-self.batches_per_epoch // self.config.grad_accum_steps)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Any]:
+        """Batches of the given epoch, from `first_batch` on, until there are `batches_per_epoch` of them.
+
+        Yields:
+            Images uint8 [B, C, H, W], class numbers int64 [B].
+
+        Raises:
+            UsageError: If a stream ends before: another process would wait for this one.
+        """
+        done = first_batch
+        for done, batch in enumerate(self._batches(epoch, first_batch), first_batch + 1):  # noqa: B007
+            yield batch
+        if done != self.batches_per_epoch:
+            raise UsageError(
+                f"{self.config.train_split!r} ended after {done} of {self.batches_per_epoch} batches of an epoch: give "
+                f"its true number of images, as in --train-split '{self.config.train_split.partition('|')[0]}|NUMBER'."
+            )
+
+    def _batches(self, epoch: int, first_batch: int) -> Iterator[Any]:
         if isinstance(self.source, EpochSampler):
-            self.source.start_at(epoch, first_step)
-            return iter(self.loader)
+            self.source.start_at(epoch, first_batch)
+            yield from self.loader
+            return
+        per_pass = self.batches_per_epoch // self.passes
         # A stream cannot be entered in the middle: what was seen before is read again and dropped.
-        self.source.start_at(epoch)
-        self.loader.generator.manual_seed(self.source.loader_seed)
-        return islice(iter(self.loader), first_step, self.batches_per_epoch)
+        for number in range(first_batch // per_pass, self.passes):
+            self.source.start_at(epoch * self.passes + number)
+            self.loader.generator.manual_seed(self.source.loader_seed)
+            yield from islice(iter(self.loader), max(0, first_batch - number * per_pass), per_pass)
 
 
 def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> "Loader":
     """Validation batches of one process: every sample occurs once over all processes, none is padded or dropped."""
     if isinstance(dataset, IterableDataset):
-        dataset.reader = _EveryNth(dataset.reader, rank, world_size)  # type: ignore[attr-defined]
+        share_out(dataset, rank, world_size)
         return Loader(dataset, config)
     return Loader(Subset(dataset, range(rank, len(dataset), world_size)), config)
 
@@ -260,7 +302,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    """timm's training and validation transforms.
+    """timm's training and validation transforms up to uint8 tensors [C, H, W]; `Pixels` does the rest, on the device.
 
     Args:
         config: Augmentation settings.
@@ -269,7 +311,7 @@ def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any
     Returns:
         Training transform, validation transform.
     """
-    shared = {k: data_config[k] for k in ("input_size", "interpolation", "mean", "std")}
+    shared = {k: data_config[k] for k in ("input_size", "interpolation", "mean", "std")} | {"use_prefetcher": True}
     train = timm.data.create_transform(
         **shared,
         is_training=True,
@@ -278,10 +320,36 @@ def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any
         hflip=config.hflip,
         color_jitter=config.color_jitter if config.in_chans == 3 else None,  # type: ignore[arg-type]
         auto_augment=config.auto_augment,
-        re_prob=config.reprob,
     )
     val = timm.data.create_transform(**shared, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"])
     return train, val
+
+
+class Pixels:
+    """What timm's transforms leave to the device: a batch is moved there, normalised and, in training, erased from.
+
+    Erasing draws from the process's own random state, which checkpoints save.
+
+    Args:
+        config: Memory format and random erasing.
+        data_config: Mean and standard deviation of each channel, of pixels in [0, 1].
+        device: Where the model is.
+    """
+
+    def __init__(self, config: PretrainConfig, data_config: dict[str, Any], device: torch.device) -> None:
+        self.device = device
+        self.mean, self.std = (
+            torch.tensor([255 * value for value in data_config[key]], device=device).view(1, -1, 1, 1)
+            for key in ("mean", "std")
+        )
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.erasing = timm.data.random_erasing.RandomErasing(config.reprob, device=device)
+
+    def __call__(self, images: torch.Tensor, *, training: bool = False) -> torch.Tensor:
+        """Normalised float32 images of uint8 images, both [B, C, H, W]."""
+        moved = images.to(self.device, non_blocking=True)
+        x = moved.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
+        return self.erasing(x) if training and self.erasing.probability else x
 
 
 def mixup(config: PretrainConfig, num_classes: int) -> timm.data.Mixup | None:

@@ -134,9 +134,9 @@ def _train_epoch(run: Run, watch: Watch, clock: Clock, bar: tqdm) -> Position:
 def _validate(run: Run) -> dict[str, Any]:
     """Score what is exported, and under an average of the weights the last ones too, as `raw_top1`."""
     if run.step.ema is None:
-        return validate(run.accelerator, run.step.model, run.val)
-    raw = validate(run.accelerator, run.step.model, run.val)
-    return {**validate(run.accelerator, run.step.ema.module, run.val), "raw_top1": raw["top1"]}
+        return validate(run.accelerator, run.step.model, run.val, run.step.pixels)
+    raw = validate(run.accelerator, run.step.model, run.val, run.step.pixels)
+    return {**validate(run.accelerator, run.step.ema.module, run.val, run.step.pixels), "raw_top1": raw["top1"]}
 
 
 def _save(run: Run, clock: Clock) -> Path:

@@ -133,7 +133,7 @@ def setup(config: PretrainConfig) -> Run:
     train = data.TrainLoader(task.train, config, accelerator.process_index, accelerator.num_processes)
     val = data.val_loader(task.val, config, accelerator.process_index, accelerator.num_processes)
     with _blaming("--img-size, --batch-size and --model-kwargs"):
-        batch = images, torch.arange(len(images))
+        batch = data.Pixels(config, data_config, torch.device("cpu"))(images), torch.arange(len(images))
         # In a copy, because it changes the model's statistics.
         objective(copy.deepcopy(model).train(), *(mixup(*batch) if mixup else batch))
     with _blaming("--opt"):
@@ -147,7 +147,7 @@ def setup(config: PretrainConfig) -> Run:
             step_on_epochs=False,
             updates_per_epoch=train.steps_per_epoch,
         )
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not config.resume:  # a run that has begun has checked them
         data.check_images(task.train, task.val)
     _require_same_frames(model)
     # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
@@ -160,7 +160,8 @@ def setup(config: PretrainConfig) -> Run:
         ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         accelerator.register_for_checkpointing(ema)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    step = Step(config, accelerator, prepared, optimizer, schedule, objective, mixup, ema)
+    pixels = data.Pixels(config, data_config, accelerator.device)
+    step = Step(config, accelerator, prepared, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
 

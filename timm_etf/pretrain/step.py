@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from timm_etf.classifier import classifier_names
 from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.pretrain.data import Pixels
 from timm_etf.pretrain.objective import Objective
 
 
@@ -25,6 +26,7 @@ class Step:
         optimizer: Its prepared optimizer.
         schedule: timm's schedule of the learning rate; None for a constant one.
         objective: The loss.
+        pixels: What makes images of the loader's batches.
         mixup: timm's mixup; None for none.
         ema: timm's average of the weights; None for none.
     """
@@ -37,20 +39,20 @@ class Step:
         optimizer: Any,
         schedule: Any,
         objective: Objective,
+        pixels: Pixels,
         mixup: Mixup | None,
         ema: ModelEmaV3 | None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
-        self.schedule, self.objective, self.mixup = schedule, objective, mixup
+        self.schedule, self.objective, self.pixels, self.mixup = schedule, objective, pixels, mixup
         self.clip_grad, self.clip_mode = config.clip_grad, config.clip_mode
-        self.memory_format = torch.channels_last if config.channels_last else torch.preserve_format
         self.plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         # timm takes the last two parameters for the classifier's, which a fixed one does not have.
         spared = tuple(f"{name}." for name in classifier_names(self.plain)) if config.clip_mode == "agc" else ()
         self.clipped = [p for name, p in self.plain.named_parameters() if not name.startswith(spared)]
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]], count: int, update: int) -> Tensor:
-        """Train on `count` batches of images [B, C, H, W] with class indices [B], as update `update` of the run.
+        """Train on `count` batches of uint8 images [B, C, H, W] with class indices [B], as update `update` of the run.
 
         Returns:
             The mean loss of the batches, still on the device: reading it would wait for the step to be done.
@@ -73,9 +75,8 @@ class Step:
 
     def _backward(self, images: Tensor, targets: Tensor, count: int) -> Tensor:
         """Add the gradients of one of `count` batches; returns its part of the mean loss."""
-        device = self.accelerator.device
-        images = images.to(device, non_blocking=True, memory_format=self.memory_format)
-        targets = targets.to(device, non_blocking=True)
+        images = self.pixels(images, training=True)
+        targets = targets.to(self.accelerator.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
         with self.accelerator.autocast():

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from timm_etf.classifier import classifier_names
 from timm_etf.errors import UsageError
-from timm_etf.pretrain.data import Loader
+from timm_etf.pretrain.data import Loader, Pixels
 from timm_etf.pretrain.objective import features_into
 from timm_etf.processes import exact_device
 
 
 @torch.inference_mode()
-def validate(accelerator: Accelerator, model: nn.Module, loader: Loader) -> dict[str, Any]:
+def validate(accelerator: Accelerator, model: nn.Module, loader: Loader, pixels: Pixels) -> dict[str, Any]:
     """Score a model on the validation split.
 
     Each process scores its own share and only sums are exchanged, so the shares may differ in size and every image
@@ -25,7 +25,8 @@ def validate(accelerator: Accelerator, model: nn.Module, loader: Loader) -> dict
     Args:
         accelerator: The process and those beside it.
         model: The prepared model; it is left in evaluation mode.
-        loader: Batches of this process's share: images [B, C, H, W], class numbers [B].
+        loader: Batches of this process's share: uint8 images [B, C, H, W], class numbers [B].
+        pixels: What makes images of them.
 
     Returns:
         `top1` and `top5` in percent, `loss` (mean cross-entropy, nats), `count` of images, and, on the main process,
@@ -42,7 +43,7 @@ def validate(accelerator: Accelerator, model: nn.Module, loader: Loader) -> dict
     geometry = _Geometry(plain, accelerator.device)
     with features_into(plain) as features:
         for images, targets in loader:
-            images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+            images, targets = pixels(images), targets.to(accelerator.device)
             with accelerator.autocast():
                 logits = plain(images).float()
             geometry.add(features, targets)
