@@ -21,7 +21,7 @@ _RANGES = {
     "num_classes": "[2, inf)",
     "img_size": "[1, 4096]",
     "mean": "(-inf, inf)",
-    "std": "(0, inf)",
+    "std": "[1e-6, inf)",
     "crop_pct": "(0, 1]",
     "scale": "(0, 1]",
     "ratio": "(0, inf)",
