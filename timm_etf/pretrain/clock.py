@@ -9,12 +9,13 @@ import torch
 
 from timm_etf.pretrain.config import PretrainConfig
 
-_PARTS = {
+PARTS = {
     "waiting": "waiting for images",
     "stepping": "stepping",
     "validating": "validating",
     "saving": "saving",
 }
+"""What time is spent on, and how a line says it."""
 
 
 class Clock:
@@ -25,7 +26,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(_PARTS, 0.0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -48,14 +49,14 @@ class Clock:
 
     def lap(self) -> dict[str, float]:
         """The seconds since the last lap."""
-        seconds, self.seconds = self.seconds, dict.fromkeys(_PARTS, 0.0)
+        seconds, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
         return seconds
 
 
 def shares(seconds: dict[str, float]) -> str:
     """The parts of the time in percent, without those that round to none."""
     total = sum(seconds.values()) or 1.0
-    percent = {words: f"{100 * seconds[part] / total:.0f}" for part, words in _PARTS.items()}
+    percent = {words: f"{100 * seconds[part] / total:.0f}" for part, words in PARTS.items()}
     return ", ".join(f"{share} % {words}" for words, share in percent.items() if share != "0")
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from timm_etf import hub
 from timm_etf.atomic import write_text
-from timm_etf.errors import Interrupted, UsageError
-from timm_etf.pretrain import checkpoint
+from timm_etf.errors import Interrupted, UsageError, one_line
+from timm_etf.pretrain import checkpoint, curves
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.clock import Clock, advice, shares
 from timm_etf.pretrain.config import PretrainConfig
@@ -73,6 +73,7 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
             run.position = trained = _train_epoch(run, watch, clock, bar)
             if watch.ends:
                 saved = _save(run, clock)
+                _draw(run)
                 message = f"Stopped; {saved} is saved. The same command with --resume continues from it."
                 raise Interrupted(watch.signum, message)
             with clock.measure("validating"):
@@ -173,9 +174,19 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
             results=results,
             overwrite=True,
         )
+        _draw(run)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it closes the connection between the processes
     return results
+
+
+def _draw(run: Run) -> None:
+    """Draw curves.png; a picture that cannot be drawn costs no run."""
+    if run.accelerator.is_main_process:
+        try:
+            curves.draw(run.config.out / "log.jsonl", run.config.out / "curves.png")
+        except Exception as e:  # matplotlib's kinds are many
+            print(f"warning: curves.png was not drawn ({one_line(e)})", file=sys.stderr)
 
 
 def _train_seconds(out: Path, train_images: int) -> float:
