@@ -57,7 +57,7 @@ NAN, INF = float("nan"), float("inf")
         ({"model_kwargs": ("features_only=True",)}, "--model-kwargs"),
         ({"model": "test_vit_etf", "img_size": 33}, "divisible by patch size.*--img-size"),
         ({"auto_augment": "nonsense"}, "Unknown AA policy nonsense.*: check --auto-augment"),
-        ({"std": (1e-50,)}, "std evaluated to zero.*: check --auto-augment and the other options of the images"),
+        ({"std": (1e-50,)}, r"--std 1e-50 is zero in single precision: give a larger one\."),
         ({"opt": "sdg"}, "Unknown --opt 'sdg': did you mean .*sgd"),
         ({"opt": "zzz"}, r"Unknown --opt 'zzz': timm\.optim\.list_optimizers"),
         ({"opt": "fusedlamb"}, "check --opt"),  # a package that is not there, or has no GPU to run on
@@ -65,7 +65,7 @@ NAN, INF = float("nan"), float("inf")
         ({"sched": "plateau"}, "Unknown --sched 'plateau': use one of constant, cosine"),
         ({"tracker": "wandb"}, r"--tracker wandb needs a package .*: pip install 'timm_etf\[wandb\]'"),
         ({"warmup_epochs": 1}, r"--warmup-epochs must be less than --epochs \(1\)"),
-        ({"batch_size": 500}, "122 training images do not fill one step of 500 x 1 processes: use --batch-size 122"),
+        ({"batch_size": 500}, "122 training images do not fill one batch of 500 x 1 processes: use --batch-size 122"),
         ({"data_dir": None}, "--data-dir"),
         ({"data_dir": Path("nowhere")}, "No data at nowhere"),
         ({"data_dir": Path(__file__)}, r"Cannot read --data-dir .* \(Not a directory\)"),

@@ -333,6 +333,9 @@ class Pixels:
         config: Memory format and random erasing.
         data_config: Mean and standard deviation of each channel, of pixels in [0, 1].
         device: Where the model is.
+
+    Raises:
+        UsageError: If a standard deviation is too small to divide by.
     """
 
     def __init__(self, config: PretrainConfig, data_config: dict[str, Any], device: torch.device) -> None:
@@ -341,6 +344,8 @@ class Pixels:
             torch.tensor([255 * value for value in data_config[key]], device=device).view(1, -1, 1, 1)
             for key in ("mean", "std")
         )
+        if not self.std.all():
+            raise UsageError(f"--std {min(data_config['std'])} is zero in single precision: give a larger one.")
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.erasing = timm.data.random_erasing.RandomErasing(config.reprob, device=device)
 
