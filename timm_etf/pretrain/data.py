@@ -24,7 +24,7 @@ from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.sampling import EpochSampler
-from timm_etf.pretrain.streams import SeededStream, divide, share_out
+from timm_etf.pretrain.streams import SeededStream, divide, num_shards, share_out
 
 CHECKED_IMAGES = 20_000
 """Images decoded before training starts: all of a small set, an even sample of a larger one."""
@@ -90,6 +90,8 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
             num_samples=num_samples,
             input_img_mode="L" if config.in_chans == 1 else "RGB",
         )
+        if isinstance(dataset, IterableDataset):
+            num_shards(dataset.reader)  # type: ignore[attr-defined] # it finds what is missing
     except Exception as e:  # every reader has its own kinds of errors, from a missing module to a wrong split name
         raise UsageError(f"Cannot open the {split!r} split of {name or root}: {first_line(e)}") from e
     if folders is not None:
