@@ -224,6 +224,20 @@ def test_a_stream_that_ends_early_is_refused(tmp_path: Path) -> None:
         _labels(_train_loader(settings), epoch=0)
 
 
+@pytest.mark.parametrize("option", ["train_split", "val_split"])
+@pytest.mark.parametrize(
+    ("kind", "split", "says"),
+    [
+        ("wds", "train-{0000..0003}.tar|64", r"there is no train-0002\.tar in .*data"),
+        ("hfids", "other|32", r"Cannot open the 'other' split of hfids/.*: Bad split: other\. Available splits"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path: Path, kind: str, split: str, says: str, option: str) -> None:
+    settings = _config(tmp_path / "data", kind, [16] * 2, **{option: split})
+    with pytest.raises(UsageError, match=says):
+        open_task(settings)
+
+
 class _Stream:
     def __iter__(self) -> object:
         return iter(range(11))

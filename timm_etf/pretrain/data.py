@@ -24,7 +24,7 @@ from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.sampling import EpochSampler
-from timm_etf.pretrain.streams import SeededStream, divide, share_out
+from timm_etf.pretrain.streams import SeededStream, divide, num_shards, share_out
 from timm_etf.pretrain.watch import SIGNALS
 
 CHECKED_IMAGES = 20_000
@@ -91,6 +91,8 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
             num_samples=num_samples,
             input_img_mode="L" if config.in_chans == 1 else "RGB",
         )
+        if isinstance(dataset, IterableDataset):
+            num_shards(dataset.reader)  # type: ignore[attr-defined] # it finds what is missing
     except Exception as e:  # every reader has its own kinds of errors, from a missing module to a wrong split name
         raise UsageError(f"Cannot open the {split!r} split of {name or root}: {first_line(e)}") from e
     if folders is not None:
@@ -334,6 +336,9 @@ class Pixels:
         config: Memory format and random erasing.
         data_config: Mean and standard deviation of each channel, of pixels in [0, 1].
         device: Where the model is.
+
+    Raises:
+        UsageError: If a standard deviation is too small to divide by.
     """
 
     def __init__(self, config: PretrainConfig, data_config: dict[str, Any], device: torch.device) -> None:

@@ -161,7 +161,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     if accelerator.is_main_process:
         results["source"] |= {
             "train_images": run.train.num_samples,
-            "train_seconds": round(_train_seconds(config.out, run.train.num_samples), 1),
+            "train_seconds": round(_train_seconds(run), 1),
             "device": _device_name(accelerator),
         }
         write_results(config.out / "results.json", results)
@@ -189,11 +189,12 @@ def _draw(run: Run) -> None:
             print(f"warning: curves.png was not drawn ({one_line(e)})", file=sys.stderr)
 
 
-def _train_seconds(out: Path, train_images: int) -> float:
+def _train_seconds(run: Run) -> float:
     """Seconds that the epochs took without validation, over all calls of the run; a part of an epoch stands for all."""
-    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run.config.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     rates = [rate for line in lines if (rate := json.loads(line).get("images_per_second"))]
-    return sum(train_images / rate for rate in rates) * len(lines) / max(1, len(rates))
+    images = run.train.batches_per_epoch * run.images_per_batch
+    return sum(images / rate for rate in rates) * len(lines) / max(1, len(rates))
 
 
 def _device_name(accelerator: Accelerator) -> str:

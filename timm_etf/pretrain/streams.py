@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,25 @@ class SeededStream(IterableDataset[Any]):
             yield sample
 
 
+def num_shards(reader: Any) -> int | None:
+    """Shards of a stream; None for tfds, which divides samples if there are too few shards.
+
+    Raises:
+        ValueError: If hfids has no such split; timm's reader notices when it is read from.
+        FileNotFoundError: If wds has no such shard in a local folder; timm's reader goes on without it.
+    """
+    if _is_hfids(reader):
+        return reader.builder.as_streaming_dataset(split=reader.split).num_shards
+    filenames = getattr(reader.split_info, "filenames", None)
+    if filenames is None:
+        return None
+    if os.path.isdir(reader.root):
+        for name in filenames:
+            if not os.path.exists(os.path.join(reader.root, name)):
+                raise FileNotFoundError(f"there is no {name} in {reader.root}")
+    return len(filenames)
+
+
 def divide(dataset: Any, rank: int, world_size: int, workers: int) -> None:
     """Give each process, and each of its workers, its own shards of a training stream, by the reader's own rule.
 
@@ -63,7 +83,7 @@ def divide(dataset: Any, rank: int, world_size: int, workers: int) -> None:
     reader = dataset.reader
     reader.dist_rank, reader.dist_num_replicas = rank, world_size
     dataset.set_loader_cfg(num_workers=workers)
-    if (shards := _num_shards(reader)) is None:
+    if (shards := num_shards(reader)) is None:
         return
     # Where datasets cannot divide shards among processes evenly, it gives each process every n-th sample of them all.
     sharing = 1 if _is_hfids(reader) and shards % world_size else world_size
@@ -108,14 +128,6 @@ def share_out(dataset: Any, rank: int, world_size: int) -> None:
 
 def _is_hfids(reader: Any) -> bool:
     return type(reader).__name__ == "ReaderHfids"  # importing the class would import datasets for every stream
-
-
-def _num_shards(reader: Any) -> int | None:
-    """Shards of a stream; None for tfds, which divides samples if there are too few shards."""
-    if _is_hfids(reader):
-        return reader.builder.as_streaming_dataset(split=reader.split).num_shards
-    filenames = getattr(reader.split_info, "filenames", None)
-    return None if filenames is None else len(filenames)
 
 
 class _EveryNth:
