@@ -1,11 +1,16 @@
 """The processes of a launcher: which one speaks, how they share work, and where they compute exactly."""
 
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
+
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Ctrl-C, a request to end, and what schedulers such as SLURM announce the end of a job's time with."""
 
 
 def is_first_process() -> bool:

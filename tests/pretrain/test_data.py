@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.pretrain.runs import config
 from timm_etf.data.seeded import SeededDataset, random_states
-from timm_etf.pretrain.data import Pixels, TrainLoader, open_task, transforms, val_loader
-from timm_etf.pretrain.sampling import EpochSampler
+from timm_etf.loading.loader import Pixels
+from timm_etf.loading.sampling import EpochSampler
+from timm_etf.pretrain.data import TrainLoader, open_task, transforms, val_loader
 
 
 @given(
@@ -157,7 +158,7 @@ def test_pixels_are_those_of_timms_float_transforms(images: Path, in_chans: int,
         timm.data.create_transform(**shared, crop_pct=data_config["crop_pct"]),
     )
     ours = transforms(settings, data_config)
-    pixels = Pixels(settings, data_config, torch.device("cpu"))
+    pixels = Pixels(data_config, torch.device("cpu"), channels_last=True)
     path = next((images / "train").rglob("*.png"))
     image = Image.open(path).convert("L" if in_chans == 1 else "RGB")
     for integer, expected in zip(ours, plain, strict=True):
@@ -173,7 +174,7 @@ def test_pixels_are_those_of_timms_float_transforms(images: Path, in_chans: int,
 
 
 @pytest.mark.parametrize("reprob", [0.0, 0.5])
-def test_pixels_are_those_of_timms_prefetcher(images: Path, reprob: float) -> None:
+def test_pixels_are_those_of_timms_prefetcher(reprob: float) -> None:
     batch = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     statistics: dict[str, Any] = {key: _data_config(3)[key] for key in ("mean", "std")}
     prefetcher: Any = PrefetchLoader(
@@ -182,7 +183,7 @@ def test_pixels_are_those_of_timms_prefetcher(images: Path, reprob: float) -> No
         device=torch.device("cpu"),
         re_prob=reprob,
     )
-    pixels = Pixels(config(images, Path("run"), reprob=reprob), statistics, torch.device("cpu"))
+    pixels = Pixels(_data_config(3), torch.device("cpu"), reprob=reprob)
     with random_states(0):
         ((expected, _),) = prefetcher
     with random_states(0):

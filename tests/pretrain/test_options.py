@@ -141,7 +141,7 @@ from tests.pretrain.runs import config
 from timm_etf.pretrain.setup import setup
 run = setup(config(*map(pathlib.Path, sys.argv[1:]), compile=True, model_ema=True))
 assert isinstance(run.step.model, torch._dynamo.OptimizedModule)
-assert not isinstance(run.averaged_model, torch._dynamo.OptimizedModule)
+assert not isinstance(run.exported_model(), torch._dynamo.OptimizedModule)
 """
     commands.run(images, tmp_path / "run", code=code, check=True)
 

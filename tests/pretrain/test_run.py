@@ -50,8 +50,8 @@ def validate_by_hand(run: Path, images: Path) -> dict[str, float]:
     x, y = zip(*dataset, strict=True)
     with torch.no_grad():
         features = torch.cat([net.forward_head(net.forward_features(image[None]), pre_logits=True) for image in x])
-        hits = (net.fc(features).argmax(1) == torch.tensor(y)).float()
-    geometry = collapse(ClassMoments.of(features, torch.tensor(y)), net.fc.weight)
+        hits = (net.get_classifier()(features).argmax(1) == torch.tensor(y)).float()
+    geometry = collapse(ClassMoments.of(features, torch.tensor(y)), net.get_classifier().weight)
     return {"top1": 100 * hits.mean().item(), **geometry}
 
 

@@ -17,9 +17,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from tests import commands
 from tests.pretrain.runs import arguments, assert_same, config, wait_for_checkpoint
 from timm_etf import UsageError
+from timm_etf.loading.streams import _EveryNth
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.data import TrainLoader, open_task, transforms
-from timm_etf.pretrain.streams import _EveryNth
 
 SHARDS = ("--dataset", "wds/x", "--num-classes", 5, "--epochs", 3, "--mixup", 0.2, "--hflip", 0.5)
 SHARDS += ("--train-split", "train-{0000..0001}.tar|122", "--val-split", "validation-0000.tar|37")

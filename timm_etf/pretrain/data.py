@@ -1,31 +1,27 @@
 """Training and validation batches from any timm data set, the same images on any number of processes."""
 
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import timm.data
-import torch
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from timm_etf.data.images import refuse_linked_folders
 from timm_etf.data.samples import PackedSamples
 from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
+from timm_etf.loading.loader import Loader
+from timm_etf.loading.sampling import EpochSampler
+from timm_etf.loading.streams import SeededStream, divide, num_shards, share_out
 from timm_etf.pretrain.config import PretrainConfig
-from timm_etf.pretrain.sampling import EpochSampler
-from timm_etf.pretrain.streams import SeededStream, divide, num_shards, share_out
-from timm_etf.pretrain.watch import SIGNALS
 
 CHECKED_IMAGES = 20_000
 """Images decoded before training starts: all of a small set, an even sample of a larger one."""
@@ -184,7 +180,9 @@ class TrainLoader:
             self.batches_per_epoch = self.passes * (self.num_samples // images_per_batch)
             self.source = SeededStream(dataset, config.seed, rank)
             # Its workers are started anew for every pass: they shuffle with what they were seeded with at their start.
-            self.loader = Loader(self.source, config, drop_last=True, persistent_workers=False)
+            self.loader = Loader(
+                self.source, config.batch_size, config.workers, persistent_workers=False, drop_last=True
+            )
         else:
             self.num_samples = len(dataset)
             self.source = EpochSampler(
@@ -198,7 +196,7 @@ class TrainLoader:
             )
             self.batches_per_epoch = self.source.batches_per_epoch
             seeded = SeededDataset(dataset, config.seed)
-            self.loader = Loader(seeded, config, sampler=self.source, drop_last=True)
+            self.loader = Loader(seeded, config.batch_size, config.workers, sampler=self.source, drop_last=True)
         if self.batches_per_epoch == 0:
             raise UsageError(
                 f"{self.num_samples} training images do not fill one batch of {config.batch_size} x {world_size} "
@@ -241,66 +239,13 @@ class TrainLoader:
             yield from islice(iter(self.loader), max(0, first_batch - number * per_pass), per_pass)
 
 
-def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> "Loader":
+def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> Loader:
     """Validation batches of one process: every sample occurs once over all processes, none is padded or dropped."""
     if isinstance(dataset, IterableDataset):
         share_out(dataset, rank, world_size)
-        return Loader(dataset, config)
-    return Loader(Subset(dataset, range(rank, len(dataset), world_size)), config)
-
-
-class Loader(DataLoader[Any]):
-    """A loader whose processes leave Ctrl-C and SIGTERM to the main process, and which therefore has to be closed."""
-
-    def __init__(self, dataset: Any, config: PretrainConfig, *, persistent_workers: bool = True, **kwargs: Any) -> None:
-        super().__init__(
-            dataset,
-            batch_size=config.batch_size,
-            num_workers=config.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=persistent_workers and config.workers > 0,
-            worker_init_fn=_ignore_signals,
-            # Its own generator, so that making an iterator leaves the model's random state alone.
-            generator=torch.Generator(),
-            **kwargs,
-        )
-        self._batches: Any = None
-
-    def __iter__(self) -> Any:
-        self._batches = None  # ends the processes of a stream's last epoch, before others take their place
-        with _signals_wait():
-            self._batches = super().__iter__()
-        return self._batches
-
-    def close(self) -> None:
-        """End the processes.
-
-        Python ends what is left at its own exit with the SIGTERM that they ignore, and then waits for them for ever.
-        """
-        if self._batches is not None and self.num_workers:
-            self._batches._shutdown_workers()
-            for process in self._batches._workers:  # one that hangs, such as in a read from a network disk
-                process.kill()
-                process.join()
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Start processes with these signals blocked, so that none hits them before they ignore it."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Let the main process alone answer signals: it saves a checkpoint while the workers still serve it."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        return Loader(dataset, config.batch_size, config.workers)
+    share = Subset(dataset, range(rank, len(dataset), world_size))
+    return Loader(share, config.batch_size, config.workers)
 
 
 def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any, Any]:
@@ -325,36 +270,6 @@ def transforms(config: PretrainConfig, data_config: dict[str, Any]) -> tuple[Any
     )
     val = timm.data.create_transform(**shared, crop_pct=data_config["crop_pct"], crop_mode=data_config["crop_mode"])
     return train, val
-
-
-class Pixels:
-    """What timm's transforms leave to the device: a batch is moved there, normalised and, in training, erased from.
-
-    Erasing draws from the process's own random state, which checkpoints save.
-
-    Args:
-        config: Memory format and random erasing.
-        data_config: Mean and standard deviation of each channel, of pixels in [0, 1].
-        device: Where the model is.
-
-    Raises:
-        UsageError: If a standard deviation is too small to divide by.
-    """
-
-    def __init__(self, config: PretrainConfig, data_config: dict[str, Any], device: torch.device) -> None:
-        self.device = device
-        self.mean, self.std = (
-            torch.tensor([255 * value for value in data_config[key]], device=device).view(1, -1, 1, 1)
-            for key in ("mean", "std")
-        )
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.erasing = timm.data.random_erasing.RandomErasing(config.reprob, device=device)
-
-    def __call__(self, images: torch.Tensor, *, training: bool = False) -> torch.Tensor:
-        """Normalised float32 images of uint8 images, both [B, C, H, W]."""
-        moved = images.to(self.device, non_blocking=True)
-        x = moved.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
-        return self.erasing(x) if training and self.erasing.probability else x
 
 
 def mixup(config: PretrainConfig, num_classes: int) -> timm.data.Mixup | None:

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from timm_etf import hub
 from timm_etf.atomic import write_text
 from timm_etf.errors import Interrupted, UsageError, one_line
-from timm_etf.pretrain import checkpoint, curves
+from timm_etf.pretrain import checkpoint
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.clock import Clock, advice, shares
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.setup import Run, setup
 from timm_etf.pretrain.validation import validate
 from timm_etf.pretrain.watch import Watch
+from timm_etf.report import curves
 from timm_etf.report.results import write as write_results
 from timm_etf.variants import SW_SUFFIX, base_name
 
@@ -158,6 +159,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     results["source"]["epochs"], results["source"]["seed"] = config.epochs, config.seed
     if best:
         results["source"]["exported"] = f"the best of all epochs by these images, {best.name}"
+    exported = run.exported_model()
     if accelerator.is_main_process:
         results["source"] |= {
             "train_images": run.train.num_samples,
@@ -166,7 +168,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         }
         write_results(config.out / "results.json", results)
         hub.export(
-            run.averaged_model.cpu(),
+            exported,
             config.out / "export",
             data_config=run.data_config,
             label_names=run.class_names,

@@ -24,7 +24,8 @@ from torch import nn
 from timm_etf.atomic import require_new_folder, write_json, write_text
 from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
-from timm_etf.pretrain import checkpoint, data, recipe
+from timm_etf.loading.loader import Loader, Pixels
+from timm_etf.pretrain import checkpoint, data, recipe, sharding
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
@@ -42,7 +43,7 @@ class Run:
     accelerator: Accelerator
     step: Step
     train: data.TrainLoader
-    val: data.Loader
+    val: Loader
     data_config: dict[str, Any]
     """timm's preprocessing, exported with the weights."""
     class_names: list[str] | None
@@ -54,10 +55,18 @@ class Run:
         """The model without what accelerate put around it."""
         return self.accelerator.unwrap_model(self.step.model, keep_torch_compile=False)
 
-    @property
-    def averaged_model(self) -> nn.Module:
-        """What is validated and exported: the average of the weights, where the run has one."""
-        return self.step.ema.module if self.step.ema else self.plain_model
+    def exported_model(self) -> nn.Module:
+        """What is validated and exported, on the CPU: the average of the weights, where the run has one.
+
+        Called on every process, for it may have to be gathered; only the main one is given all of it.
+        """
+        if not self.config.fsdp:
+            return (self.step.ema.module if self.step.ema else self.plain_model).cpu()
+        weights = sharding.gathered(self.step.model)
+        model = _create_model(self.config, self.settings["frame_seed"], self.settings["num_classes"])
+        if weights:
+            model.load_state_dict(weights)
+        return model
 
     @property
     def images_per_batch(self) -> int:
@@ -133,9 +142,11 @@ def setup(config: PretrainConfig) -> Run:
     train = data.TrainLoader(task.train, config, accelerator.process_index, accelerator.num_processes)
     val = data.val_loader(task.val, config, accelerator.process_index, accelerator.num_processes)
     with _blaming("--img-size, --batch-size and --model-kwargs"):
-        batch = data.Pixels(config, data_config, torch.device("cpu"))(images), torch.arange(len(images))
+        batch = Pixels(data_config, torch.device("cpu"))(images), torch.arange(len(images))
         # In a copy, because it changes the model's statistics.
         objective(copy.deepcopy(model).train(), *(mixup(*batch) if mixup else batch))
+    _require_same_frames(model)
+    model, ema = _arrange(model, config, accelerator)
     with _blaming("--opt"):
         optimizer = _optimizer(model, config)
     with _blaming("--sched"):
@@ -149,19 +160,14 @@ def setup(config: PretrainConfig) -> Run:
         )
     if accelerator.is_main_process and not config.resume:  # a run that has begun has checked them
         data.check_images(task.train, task.val)
-    _require_same_frames(model)
     # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
     random_seed(config.seed, accelerator.process_index)
-    if config.sync_bn:
-        model = convert_sync_batchnorm(model)
-    ema = None
-    if config.model_ema:  # before accelerate puts anything around the model
-        model = model.to(accelerator.device)
-        ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-        accelerator.register_for_checkpointing(ema)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    pixels = data.Pixels(config, data_config, accelerator.device)
-    step = Step(config, accelerator, prepared, optimizer, schedule, objective, pixels, mixup, ema)
+    if config.fsdp:
+        sharding.keep_in_checkpoints(model, optimizer, accelerator)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    pixels = Pixels(data_config, accelerator.device, channels_last=config.channels_last, reprob=config.reprob)
+    step = Step(config, accelerator, model, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
 
@@ -172,7 +178,7 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise UsageError(
                 f"The launcher asks for {name}, which pretraining cannot do: switch it off in accelerate config, or "
-                "launch with torchrun."
+                "launch with torchrun; for models that no GPU holds alone there is --fsdp."
             )
     if (
         os.environ.get("ACCELERATE_USE_CPU") == "True"
@@ -193,6 +199,8 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
             project_dir=folder,
             dynamo_backend="inductor" if config.compile else None,
         )
+    if config.fsdp:
+        sharding.check(config, accelerator)
     if config.sync_bn and accelerator.device.type == "cpu":
         raise UsageError("--sync-bn needs GPUs: PyTorch has no BatchNorm over processes for CPUs.")
     if (steps := accelerator.gradient_accumulation_steps) != 1:
@@ -236,6 +244,19 @@ def _adapt(model: nn.Module, config: PretrainConfig) -> None:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+
+
+def _arrange(model: nn.Module, config: PretrainConfig, accelerator: Accelerator) -> tuple[nn.Module, ModelEmaV3 | None]:
+    """Statistics over processes, an average, shards: all before accelerate puts anything around the model."""
+    if config.sync_bn:
+        model = convert_sync_batchnorm(model)
+    ema = None
+    if config.model_ema:
+        ema = ModelEmaV3(model.to(accelerator.device), decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        accelerator.register_for_checkpointing(ema)
+    if config.fsdp:
+        sharding.shard(model.to(accelerator.device), accelerator)
+    return model, ema
 
 
 def _optimizer(model: nn.Module, config: PretrainConfig) -> Any:

@@ -11,8 +11,8 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from timm_etf.classifier import classifier_names
+from timm_etf.loading.loader import Pixels
 from timm_etf.pretrain.config import PretrainConfig
-from timm_etf.pretrain.data import Pixels
 from timm_etf.pretrain.objective import Objective
 
 

@@ -7,15 +7,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from timm_etf.classifier import classifier_names
+from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError
-from timm_etf.pretrain.data import Loader, Pixels
+from timm_etf.loading.loader import Loader, Pixels
 from timm_etf.pretrain.objective import features_into
+from timm_etf.pretrain.sharding import in_step
 from timm_etf.processes import exact_device
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def validate(accelerator: Accelerator, model: nn.Module, loader: Loader, pixels: Pixels) -> dict[str, Any]:
     """Score a model on the validation split.
 
@@ -38,14 +40,15 @@ def validate(accelerator: Accelerator, model: nn.Module, loader: Loader, pixels:
     # The plain module: processes may have different numbers of batches, and DDP would wait for a partner.
     plain = accelerator.unwrap_model(model, keep_torch_compile=False).eval()
     # Batch statistics of the last step differ from process to process; those of the first are what is exported.
-    broadcast(list(plain.buffers()))
+    frames = {id(head.weight) for _, head in fixed_classifiers(plain)}
+    broadcast([buffer for buffer in plain.buffers() if id(buffer) not in frames])
     totals = [0.0, 0.0, 0.0, 0]
     geometry = _Geometry(plain, accelerator.device)
     with features_into(plain) as features:
-        for images, targets in loader:
+        for images, targets in in_step(plain, loader, accelerator, pixels.shape):
             images, targets = pixels(images), targets.to(accelerator.device)
             with accelerator.autocast():
-                logits = plain(images).float()
+                logits = plain(images)[: len(targets)].float()
             geometry.add(features, targets)
             features.clear()
             hits = logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)
@@ -68,13 +71,14 @@ class _Geometry:
         head: Any = model.get_submodule(classifier_names(model)[0])
         self.dim = head.in_features if hasattr(head, "in_features") else head.in_channels
         weight = head.weight.flatten(1)
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         metric = CollapseMetrics(len(weight), self.dim, weight if weight.shape[1] == self.dim else None)
         self.metric = metric.to(exact_device(device))
 
     def add(self, features: list[Tensor], labels: Tensor) -> None:
         """Add a batch, except of a classifier in front of the pooling: it receives maps, and no one feature."""
-        x = features[-1].flatten(1)
-        if x.shape[1] == self.dim:
+        x = features[-1][: len(labels)].flatten(1)
+        if len(labels) and x.shape[1] == self.dim:
             self.metric.update(x, labels)
 
     def compute(self, is_main_process: bool) -> dict[str, float]:

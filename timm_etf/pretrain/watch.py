@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Ctrl-C, a request to end, and what schedulers such as SLURM announce the end of a job's time with."""
+from timm_etf.processes import SIGNALS
 
 
 class Watch:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_etf.pretrain.curves import draw
+from timm_etf.report.curves import draw
 
 EPOCH: dict[str, Any] = {"epoch": 1, "lr": 0.1, "top1": 40.0, "top5": 70.0, "loss": 2.0, "train_loss": 2.5, "nc1": 3.0}
 TIMED: dict[str, Any] = {"seconds": {"waiting": 1.0, "stepping": 8.0, "validating": 1.0, "saving": 0.0}}

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from timm_etf.pretrain.clock import PARTS
 from timm_etf.report.style import COLOURS, STYLE, save
 
 _PANELS: dict[str, dict[str, tuple[str, str]]] = {
@@ -103,7 +102,7 @@ def _sparse(axis: Any) -> Any:
 def _time(axis: Any, epochs: list[dict[str, Any]]) -> None:
     axis.set_title("Share of the time (%)", pad=22)
     below = [0.0] * len(epochs)
-    for colour, part in zip(("#c8102e", "#d9d9d9", "#1f5fa8", "#d98a00"), PARTS, strict=True):
+    for colour, part in zip(("#c8102e", "#d9d9d9", "#1f5fa8", "#d98a00"), epochs[0]["seconds"], strict=False):
         share = [100 * e["seconds"][part] / sum(e["seconds"].values()) for e in epochs]
         axis.bar([e["epoch"] for e in epochs], share, 0.9, bottom=below, color=colour, label=part)
         below = [b + s for b, s in zip(below, share, strict=True)]

@@ -1,0 +1,109 @@
+"""FSDP2: weights, gradients and optimizer state in shards over the processes, for models that one device cannot hold.
+
+A frame is a buffer, and PyTorch shards parameters: it stays whole on every process, and is never sent.
+"""
+
+from collections.abc import Iterator
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from timm_etf.errors import UsageError
+from timm_etf.pretrain.config import PretrainConfig
+
+
+def check(config: PretrainConfig, accelerator: Accelerator) -> None:
+    """Refuse what shards cannot do.
+
+    Raises:
+        UsageError: With the option to change.
+    """
+    if accelerator.num_processes == 1:
+        raise UsageError("--fsdp divides a model among processes, and this is the only one: leave it out.")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UsageError(f"--fsdp computes in float32 or bf16, not {accelerator.mixed_precision}: use --amp bf16.")
+    if config.compile or accelerator.state.dynamo_plugin.backend.value != "NO":
+        raise UsageError("--fsdp does not go with compilation: leave out --compile, or the launcher's dynamo.")
+    refused = {"--model-ema": config.model_ema, "--clip-mode agc": config.clip_mode == "agc"}
+    if asked := [option for option, given in refused.items() if given]:
+        raise UsageError(f"--fsdp does not go with {asked[0]}, which needs whole weights: leave one out.")
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Divide the parameters of a model among the processes: each block by itself, and what is left together.
+
+    Args:
+        model: A timm model on the processes' device; changed in place.
+        accelerator: The processes and their precision.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    half = accelerator.mixed_precision == "bf16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    for module in [*_blocks(model), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """timm's blocks: members of the model's lists, or of the lists called `blocks` in them where those are stages."""
+    for group in model.children():
+        if isinstance(group, (nn.Sequential, nn.ModuleList)):
+            for member in group:
+                for block in getattr(member, "blocks", None) or [member]:
+                    if any(True for _ in block.parameters()):
+                        yield block
+
+
+def keep_in_checkpoints(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> None:
+    """Have accelerate's checkpoints hold the shards of a model and of its optimizer's state."""
+
+    def save(models: Any, whole: Any, folder: str) -> None:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "shards")
+
+    def load(models: Any, folder: str) -> None:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "shards")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def gathered(model: nn.Module) -> dict[str, Any]:
+    """The whole weights of a sharded model, on the CPU of the main process; called on every process."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def in_step(model: nn.Module, batches: Any, accelerator: Accelerator, shape: tuple[int, ...]) -> Iterator[Any]:
+    """Batches for a forward pass in which all processes take part, as they do with a sharded model.
+
+    Args:
+        model: The model; one without shards gets the batches as they are.
+        batches: Images [B, C, H, W] and targets [B] of this process, not as many as of the others.
+        accelerator: The processes.
+        shape: [C, H, W] of an image.
+
+    Yields:
+        A batch for each; on a process that has run out a blank image without a target.
+    """
+    if not isinstance(model, FSDPModule):
+        yield from batches
+        return
+    for batch in chain(batches, repeat(None)):
+        left = torch.tensor([int(batch is not None)], device=accelerator.device)
+        if not accelerator.gather(left).any():
+            return
+        yield batch or (torch.zeros(1, *shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
