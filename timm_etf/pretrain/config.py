@@ -144,6 +144,8 @@ class PretrainConfig:
     weights', except of the classifier's."""
     sched: str = "cosine"
     """timm learning-rate schedule, stepped at every update; none keeps --lr."""
+    sched_kwargs: tuple[str, ...] = ()
+    """Further arguments of timm's schedule as NAME=VALUE, such as min_lr=1e-5 or decay_milestones=(30,60,90)."""
     warmup_epochs: int = 5
     """Epochs of linear warm-up, part of --epochs."""
     loss: Literal["cross_entropy", "dot_regression"] = "cross_entropy"
@@ -238,6 +240,16 @@ class PretrainConfig:
         return {"lr": self.lr, "weight_decay": self.weight_decay, "momentum": self.momentum, **parsed}
 
     @property
+    def parsed_sched_kwargs(self) -> dict[str, Any]:
+        """`sched_kwargs` as a dictionary.
+
+        Raises:
+            UsageError: If one is not NAME=VALUE, or has an option of its own.
+        """
+        own = {"sched": "--sched", "num_epochs": "--epochs", "warmup_epochs": "--warmup-epochs"}
+        return _parsed("--sched-kwargs", self.sched_kwargs, own)
+
+    @property
     def initial_weights(self) -> str | None:
         """What the backbone starts from, as timm names it; None for random weights."""
         from timm_etf.variants import base_name
@@ -250,7 +262,8 @@ class PretrainConfig:
         Raises:
             UsageError: With the option to change.
         """
-        self.architecture, self.parsed_model_kwargs, self.parsed_opt_kwargs  # noqa: B018 - they check what they parse
+        # Each of these checks what it parses.
+        self.architecture, self.parsed_model_kwargs, self.parsed_opt_kwargs, self.parsed_sched_kwargs  # noqa: B018
         self._check_ranges()
         self._check_names()
         for option in ("mean", "std"):

@@ -149,7 +149,7 @@ def setup(config: PretrainConfig) -> Run:
     model, ema = _arrange(model, config, accelerator)
     with _blaming("--opt"):
         optimizer = _optimizer(model, config)
-    with _blaming("--sched"):
+    with _blaming("--sched and --sched-kwargs"):
         schedule, _ = create_scheduler_v2(
             optimizer,
             sched=config.sched,
@@ -157,6 +157,7 @@ def setup(config: PretrainConfig) -> Run:
             warmup_epochs=config.warmup_epochs,
             step_on_epochs=False,
             updates_per_epoch=train.steps_per_epoch,
+            **config.parsed_sched_kwargs,
         )
     if accelerator.is_main_process and not config.resume:  # a run that has begun has checked them
         data.check_images(task.train, task.val)
