@@ -84,7 +84,10 @@ class Command:
     def kill(self) -> None:
         """End it, and all it has started, at once."""
         if self.poll() is None:
-            self.send_signal_to_group(signal.SIGKILL)
+            try:
+                self.send_signal_to_group(signal.SIGKILL)
+            except ProcessLookupError:  # it is too young to have a group of its own
+                self._process.kill()
         self._process.join()
 
     @property

@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=80, help="enough that the kills fit into the run")
+    parser.add_argument("--epochs", type=int, default=100, help="enough that the kills fit into the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     more = (*OPTIONS.split(), "--epochs", options.epochs, "--batch-size", 8 // options.processes)
