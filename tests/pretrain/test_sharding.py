@@ -15,6 +15,7 @@ from tests import commands
 from tests.pretrain.runs import arguments, assert_same, lines, wait_for_checkpoint, weights
 from tests.pretrain.test_run import validate_by_hand
 from timm_etf import FixedClassifier
+from timm_etf.pretrain.sharding import blocks
 
 # 3 images of the 37 validation images are one batch more for the first process than for the second.
 VIT = ("--model", "test_vit_etf", "--img-size", 160, "--epochs", 2, "--batch-size", 6, "--clip-grad", 0.5)
@@ -66,6 +67,36 @@ def test_a_learned_classifier_is_sharded_too(images: Path, tmp_path: Path) -> No
     assert all(v.dtype == torch.float32 for v in found.values())
 
 
+def test_shards_are_compiled_as_the_launcher_asks(images: Path, sharded: Path, tmp_path: Path) -> None:
+    # The launcher's way, because it can name a backend that needs no compiler.
+    env = {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER"}
+    commands.run_ranks(2, *arguments(images, tmp_path / "run", *VIT, "--fsdp"), env=env)
+    ours, theirs = lines(tmp_path / "run"), lines(sharded)
+    for key in ("train_loss", "loss", "top1", "count"):
+        assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-4), key
+
+
+def test_batch_norm_in_half_precision_and_channels_last(images: Path, tmp_path: Path) -> None:
+    more = ("--fsdp", "--epochs", 3, "--amp", "bf16", "--channels-last", "--scale", 1, 1)
+    commands.run_ranks(2, *arguments(images, tmp_path / "run", *more))
+    log = lines(tmp_path / "run")
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    assert log[-1]["top1"] == pytest.approx(validate_by_hand(tmp_path / "run", images)["top1"], abs=3)  # an image
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_large_patch16_224", "twins_pcpvt_small", "swin_tiny_patch4_window7_224", "resnet50"]
+)
+def test_blocks_hold_a_model_in_small_parts(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    sizes = {block: sum(p.numel() for p in block.parameters()) for block in blocks(model)}
+    inner = [n for block, n in sizes.items() if not any(m in sizes for m in list(block.modules())[1:])]
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(inner) > 0.8 * whole
+    assert max(inner) < 0.3 * whole
+
+
 CODE = """
 import sys, json
 from pathlib import Path
@@ -110,8 +141,9 @@ def test_each_process_holds_half_and_the_frame_is_never_sent(images: Path, tmp_p
     [
         (("--model-ema",), "--fsdp does not go with --model-ema"),
         (("--clip-grad", 1, "--clip-mode", "agc"), "--fsdp does not go with --clip-mode agc"),
-        (("--compile",), "--fsdp does not go with compilation"),
         (("--amp", "fp16"), "fp16"),
+        (("--opt", "adafactor"), "check --opt, which --fsdp makes work on shards."),
+        (("--model-kwargs", "learn_scale=yes"), "check --fsdp and --model-kwargs."),
     ],
 )
 def test_what_shards_cannot_do(images: Path, tmp_path: Path, more: tuple[Any, ...], says: str) -> None:

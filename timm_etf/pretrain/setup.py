@@ -62,7 +62,7 @@ class Run:
         """
         if not self.config.fsdp:
             return (self.step.ema.module if self.step.ema else self.plain_model).cpu()
-        weights = sharding.gathered(self.step.model)
+        weights = sharding.gathered(self.plain_model)
         model = _create_model(self.config, self.settings["frame_seed"], self.settings["num_classes"])
         if weights:
             model.load_state_dict(weights)
@@ -149,6 +149,9 @@ def setup(config: PretrainConfig) -> Run:
     model, ema = _arrange(model, config, accelerator)
     with _blaming("--opt"):
         optimizer = _optimizer(model, config)
+    if config.fsdp:
+        with _blaming("--opt, which --fsdp makes work on shards"):
+            sharding.try_optimizer(config, accelerator)
     with _blaming("--sched and --sched-kwargs"):
         schedule, _ = create_scheduler_v2(
             optimizer,
@@ -165,6 +168,7 @@ def setup(config: PretrainConfig) -> Run:
     random_seed(config.seed, accelerator.process_index)
     if config.fsdp:
         sharding.keep_in_checkpoints(model, optimizer, accelerator)
+        model = sharding.compiled(model, accelerator)
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
     pixels = Pixels(data_config, accelerator.device, channels_last=config.channels_last, reprob=config.reprob)
@@ -256,7 +260,8 @@ def _arrange(model: nn.Module, config: PretrainConfig, accelerator: Accelerator)
         ema = ModelEmaV3(model.to(accelerator.device), decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         accelerator.register_for_checkpointing(ema)
     if config.fsdp:
-        sharding.shard(model.to(accelerator.device), accelerator)
+        with _blaming("--fsdp and --model-kwargs"):
+            sharding.shard(model.to(accelerator.device), accelerator)
     return model, ema
 
 

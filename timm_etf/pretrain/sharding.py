@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_etf.errors import UsageError
 from timm_etf.pretrain.config import PretrainConfig
@@ -35,8 +37,6 @@ def check(config: PretrainConfig, accelerator: Accelerator) -> None:
         raise UsageError("--fsdp divides a model among processes, and this is the only one: leave it out.")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UsageError(f"--fsdp computes in float32 or bf16, not {accelerator.mixed_precision}: use --amp bf16.")
-    if config.compile or accelerator.state.dynamo_plugin.backend.value != "NO":
-        raise UsageError("--fsdp does not go with compilation: leave out --compile, or the launcher's dynamo.")
     refused = {"--model-ema": config.model_ema, "--clip-mode agc": config.clip_mode == "agc"}
     if asked := [option for option, given in refused.items() if given]:
         raise UsageError(f"--fsdp does not go with {asked[0]}, which needs whole weights: leave one out.")
@@ -48,22 +48,54 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     Args:
         model: A timm model on the processes' device; changed in place.
         accelerator: The processes and their precision.
+
+    Raises:
+        Exception: PyTorch's, of several kinds, for a parameter that is a single number or belongs to several blocks.
     """
+    model.to(memory_format=torch.contiguous_format)  # FSDP takes no other; images can still be channels-last
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    half = accelerator.mixed_precision == "bf16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    for module in [*_blocks(model), model]:
+    policy = _precision(model, accelerator)
+    for module in [*reversed(list(blocks(model))), model]:  # inner ones before those around them
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """timm's blocks: members of the model's lists, or of the lists called `blocks` in them where those are stages."""
-    for group in model.children():
-        if isinstance(group, (nn.Sequential, nn.ModuleList)):
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """What a model repeats: members with parts of their own of its sequences and lists, outer ones first."""
+    containers = (nn.Sequential, nn.ModuleList)
+    for group in model.modules():
+        if isinstance(group, containers):
             for member in group:
-                for block in getattr(member, "blocks", None) or [member]:
-                    if any(True for _ in block.parameters()):
-                        yield block
+                if any(member.children()) and any(True for _ in member.parameters()) and type(member) not in containers:
+                    yield member
+
+
+def _precision(model: nn.Module, accelerator: Accelerator) -> MixedPrecisionPolicy:
+    """Weights travel in the precision of the computation, gradients in float32."""
+    # BatchNorm takes no weights of less precision than its statistics: there autocast converts what has arrived.
+    if accelerator.mixed_precision == "no" or any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+
+def try_optimizer(config: PretrainConfig, accelerator: Accelerator) -> None:
+    """Make a step with the optimizer on a small layer in shards, which not every one can; called on every process.
+
+    Raises:
+        Exception: PyTorch's, of several kinds.
+    """
+    layer = nn.Linear(256, 256, device=accelerator.device)  # some optimizers treat large weights in another way
+    shard(layer, accelerator)
+    optimizer = create_optimizer_v2(layer, opt=config.opt, **config.parsed_opt_kwargs)
+    get_state_dict(layer, optimizer)  # after an empty step, in order to have a state
+
+
+def compiled(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A sharded model as accelerate would compile it, if it is asked to."""
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend.value == "NO":
+        return model
+    optimized: Any = torch.compile(model, **plugin.to_kwargs())
+    return optimized
 
 
 def keep_in_checkpoints(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> None:
