@@ -103,12 +103,14 @@ def test_the_slurm_script_has_no_flaws() -> None:
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
 def test_the_slurm_script_starts_resumes_and_queues_again(tmp_path: Path, status: int, requeued: bool) -> None:
-    # SLURM's two commands, as programs that record what they are given; srun runs one task of its own.
+    # SLURM's two commands, as programs that record what they are given. srun runs one task of its own; the others,
+    # which end a little later, it kills if it is told to, and then their 128 + 9 is the highest status.
     tools, out = tmp_path / "tools", tmp_path / "a run"
     tools.mkdir()
     for name, body in {
         "scontrol": f'if [[ $1 == show ]]; then echo node7; echo node8; else echo "$@" >> "{tmp_path}/asked"; fi',
-        "srun": 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"',
+        "srun": 'given=$*; while [[ $1 == --* ]]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 "$@" || status=$?\n'
+        'if [[ ${status:=0} -ne 0 && $given == *--kill-on-bad-exit=1* ]]; then status=137; fi; exit "$status"',
         "python": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*" >> "{tmp_path}/ran"; exit {status}',
     }.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -129,6 +131,17 @@ def test_the_slurm_script_starts_resumes_and_queues_again(tmp_path: Path, status
     assert (tmp_path / "asked").exists() == requeued
     if requeued:
         assert (tmp_path / "asked").read_text() == "requeue 42\n" * 2
+
+
+def test_commands_that_launch_are_complete(tmp_path: Path) -> None:
+    text = (EXAMPLES / "launch" / "README.md").read_text()
+    for place, path in {"RECIPE": RECIPES[0], "DATA": tmp_path / "data", "RUN": tmp_path / "run"}.items():
+        text = text.replace(place, str(path))
+    found = re.findall(r"`(?:accelerate|sbatch) [^`]*?((?:--fsdp|--config) [^`]+)`", text)
+    settings = [parsed(*command.split()) for command in found]
+    for each in settings:
+        each.check()
+    assert [each.fsdp for each in settings] == [False, False, True]
 
 
 def test_the_slurm_script_needs_a_folder() -> None:

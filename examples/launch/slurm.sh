@@ -31,9 +31,11 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER_ADDR MASTER_PORT=29500 OMP_NUM_THREADS=1
 
 # Each process learns its place from SLURM. `exec`, so that it receives SLURM's signal itself.
+# srun answers with the highest status of all. Those that are still ending when the first has ended with 75 are given a
+# minute: killed at once, they would answer with more than 75. So are those that wait for one that has crashed.
 status=0
 # shellcheck disable=SC2016 # the variables are the tasks' own
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=0 --wait=60 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
     exec python -m timm_etf pretrain "$@"
 ' pretrain --amp bf16 --checkpoint-minutes 30 --workers 8 "$@" "${resume[@]}" || status=$?
