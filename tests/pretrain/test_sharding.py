@@ -59,6 +59,17 @@ def test_interrupted_and_resumed_is_the_straight_run(images: Path, sharded: Path
     assert_same(out, sharded)
 
 
+def test_a_damaged_shard_sends_every_process_back(images: Path, sharded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(sharded, out)
+    newest = max((out / "checkpoints").iterdir())
+    shard = newest / "shards" / "__1_0.distcp"  # the second process'
+    shard.write_bytes(shard.read_bytes()[:1000])
+    main, _ = commands.run_ranks(2, *arguments(images, out, *VIT, "--fsdp", "--resume"))
+    assert f"Cannot read the checkpoint {newest}" in main.stderr
+    assert_same(out, sharded)
+
+
 def test_a_learned_classifier_is_sharded_too(images: Path, tmp_path: Path) -> None:
     command = arguments(images, tmp_path / "run", *VIT, "--fsdp", "--epochs", 1, "--warmup-epochs", 0, "--amp", "bf16")
     commands.run_ranks(2, *command, "--model", "test_vit")
@@ -142,6 +153,8 @@ def test_each_process_holds_half_and_the_frame_is_never_sent(images: Path, tmp_p
         (("--model-ema",), "--fsdp does not go with --model-ema"),
         (("--clip-grad", 1, "--clip-mode", "agc"), "--fsdp does not go with --clip-mode agc"),
         (("--amp", "fp16"), "fp16"),
+        (("--opt", "lookahead_adamw"), "--fsdp cannot resume --opt lookahead_adamw exactly: leave out lookahead_."),
+        (("--opt", "adamp"), "check --opt, which --fsdp makes work on shards."),
         (("--opt", "adafactor"), "check --opt, which --fsdp makes work on shards."),
         (("--model-kwargs", "learn_scale=yes"), "check --fsdp and --model-kwargs."),
     ],

@@ -4,6 +4,7 @@ A frame is a buffer, and PyTorch shards parameters: it stays whole on every proc
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def check(config: PretrainConfig, accelerator: Accelerator) -> None:
         raise UsageError("--fsdp divides a model among processes, and this is the only one: leave it out.")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UsageError(f"--fsdp computes in float32 or bf16, not {accelerator.mixed_precision}: use --amp bf16.")
+    if config.opt.lower().startswith("lookahead_"):
+        raise UsageError(f"--fsdp cannot resume --opt {config.opt} exactly: leave out lookahead_.")
     refused = {"--model-ema": config.model_ema, "--clip-mode agc": config.clip_mode == "agc"}
     if asked := [option for option, given in refused.items() if given]:
         raise UsageError(f"--fsdp does not go with {asked[0]}, which needs whole weights: leave one out.")
@@ -78,7 +81,7 @@ def _precision(model: nn.Module, accelerator: Accelerator) -> MixedPrecisionPoli
 
 
 def try_optimizer(config: PretrainConfig, accelerator: Accelerator) -> None:
-    """Make a step with the optimizer on a small layer in shards, which not every one can; called on every process.
+    """Make two steps with the optimizer on a small layer in shards, which not every one can; called on every process.
 
     Raises:
         Exception: PyTorch's, of several kinds.
@@ -86,7 +89,11 @@ def try_optimizer(config: PretrainConfig, accelerator: Accelerator) -> None:
     layer = nn.Linear(256, 256, device=accelerator.device)  # some optimizers treat large weights in another way
     shard(layer, accelerator)
     optimizer = create_optimizer_v2(layer, opt=config.opt, **config.parsed_opt_kwargs)
-    get_state_dict(layer, optimizer)  # after an empty step, in order to have a state
+    for _ in range(2):
+        layer(torch.ones(2, 256, device=accelerator.device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    get_state_dict(layer, optimizer)
 
 
 def compiled(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -103,15 +110,26 @@ def keep_in_checkpoints(model: nn.Module, optimizer: Any, accelerator: Accelerat
 
     def save(models: Any, whole: Any, folder: str) -> None:
         weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "shards")
+        with _plain_errors():
+            dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "shards")
 
     def load(models: Any, folder: str) -> None:
         weights, state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "shards")
+        with _plain_errors():
+            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "shards")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what went wrong, such as a full disk, instead of PyTorch's table of it, which is no `Exception`."""
+    try:
+        yield
+    except dcp.CheckpointException as e:
+        raise next(iter(e.failures.values()))[0] from None
 
 
 def gathered(model: nn.Module) -> dict[str, Any]:
