@@ -106,6 +106,7 @@ def test_a_schedulers_warning_saves_and_asks_to_be_queued_again(images: Path, st
     assert_same(out, straight)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_when_to_save(images: Path, tmp_path: Path) -> None:
     # One clock has struck; the other process would not save by itself.
     more = [("--checkpoint-minutes", 1e-6), ("--checkpoint-minutes", 60)]

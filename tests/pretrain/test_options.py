@@ -159,6 +159,7 @@ def test_what_the_model_and_the_optimizer_are_told(images: Path, tmp_path: Path)
     assert net.get_parameter("layer1.0.conv1.weight").is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"channels_last": True}, {"grad_checkpointing": True}])
 def test_what_changes_the_way_of_computing_does_not_change_the_result(
     images: Path, tmp_path: Path, changes: dict[str, Any]

@@ -59,6 +59,7 @@ def test_interrupted_and_resumed_is_the_straight_run(images: Path, sharded: Path
     assert_same(out, sharded)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_sends_every_process_back(images: Path, sharded: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(sharded, out)
@@ -70,6 +71,7 @@ def test_a_damaged_shard_sends_every_process_back(images: Path, sharded: Path, t
     assert_same(out, sharded)
 
 
+@pytest.mark.slow
 def test_a_learned_classifier_is_sharded_too(images: Path, tmp_path: Path) -> None:
     command = arguments(images, tmp_path / "run", *VIT, "--fsdp", "--epochs", 1, "--warmup-epochs", 0, "--amp", "bf16")
     commands.run_ranks(2, *command, "--model", "test_vit")
@@ -78,6 +80,7 @@ def test_a_learned_classifier_is_sharded_too(images: Path, tmp_path: Path) -> No
     assert all(v.dtype == torch.float32 for v in found.values())
 
 
+@pytest.mark.slow
 def test_shards_are_compiled_as_the_launcher_asks(images: Path, sharded: Path, tmp_path: Path) -> None:
     # The launcher's way, because it can name a backend that only traces.
     env = {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}
@@ -87,6 +90,7 @@ def test_shards_are_compiled_as_the_launcher_asks(images: Path, sharded: Path, t
         assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_batch_norm_in_half_precision_and_channels_last(images: Path, tmp_path: Path) -> None:
     more = ("--fsdp", "--epochs", 3, "--amp", "bf16", "--channels-last", "--scale", 1, 1)
     commands.run_ranks(2, *arguments(images, tmp_path / "run", *more))

@@ -137,7 +137,7 @@ def _on_two_processes(settings: PretrainConfig) -> Any:
     return json.loads(first.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("kind", "shards", "val"),
     [("wds", 4, [9, 7, 8, 6, 7]), ("wds", 2, [37]), ("hfids", 2, [9, 7, 8, 6, 7]), ("hfids", 2, [12, 9])],
@@ -159,6 +159,7 @@ def test_two_processes_see_every_sample_once(
 
 @pytest.mark.parametrize("kind", ["wds", "hfids"])
 @pytest.mark.parametrize(("workers", "sizes"), [(1, [59, 66]), (2, [30, 31, 33, 31])])
+@pytest.mark.slow
 def test_every_process_has_as_many_batches(tmp_path: Path, kind: str, workers: int, sizes: list[int]) -> None:
     # Unequal shards, and nothing is a multiple of the batch size. No more than a shard for each worker: datasets reads
     # several in threads, for which it waits five seconds at the end of each pass.
@@ -206,6 +207,7 @@ def test_an_uneven_division_is_told(tmp_path: Path, kind: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfids"])
+@pytest.mark.slow
 def test_passes_of_a_stream(tmp_path: Path, kind: str) -> None:
     settings = _config(tmp_path / "data", kind, [16] * 2, workers=2, epoch_repeats=3)
     loader = _train_loader(settings)
