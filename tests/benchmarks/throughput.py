@@ -120,12 +120,13 @@ def main() -> None:
     parser.add_argument("--train-py", type=Path, required=True)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, help="training images, for a shorter look than a case's own number")
     options = parser.parse_args()
     print(
         "| model, pixels | images/s, timm | images/s, ours | ratio | peak MiB, timm | ours |\n|---|---|---|---|---|---|"
     )
     for name in options.cases:
-        case = CASES[name]
+        case = CASES[name] | ({"images": options.images} if options.images else {})
         with tempfile.TemporaryDirectory() as folder:
             data = draw(Path(folder) / "data", case["classes"], case["images"], case["stored"])
             for model in (name, f"{name}_etf"):
