@@ -173,7 +173,7 @@ class PretrainConfig:
     channels_last: bool = False
     """Keep images and weights in channels-last order, which convolutions prefer."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     fsdp: bool = False
     """Divide weights, gradients and optimizer state among the processes (FSDP2), for models that no GPU holds alone."""
     sync_bn: bool = False
