@@ -5,9 +5,11 @@
 
 Prints one line per failure, then the table: how many variants have the base's exact state-dict keys and shapes, all
 classifiers fixed and no trainable head parameter, run forward to [2, K] and backward to every parameter; by frame; and
-every name left out with its reason.
+every name left out with its reason. Without a pattern it then writes timm_etf/coverage.json anew, for this version of
+timm.
 """
 
+import json
 import sys
 from collections import Counter
 
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 import timm_etf  # noqa: F401 - registers the variants
 from timm_etf.classifier import classifier_names, fixed_classifiers
+from timm_etf.coverage import SHIPPED, classifiers
 from timm_etf.variants import SUFFIX, SW_SUFFIX, base_name, skipped
 
 NUM_CLASSES = (10, 100, 1000, 21843)
@@ -76,7 +79,17 @@ def main(pattern: str = "*") -> int:
     for base, reason in skipped.items():
         if base in bases:
             print(f"- {base}: {reason}")
+    if pattern == "*":
+        write_coverage()
     return failures
+
+
+def write_coverage() -> None:
+    """Write what the package ships of timm's architectures, a line for each."""
+    lines = (f"  {json.dumps(name)}: {json.dumps(heads)}" for name, heads in classifiers("*").items())
+    left_out = json.dumps(skipped, indent=1)
+    found = ",\n".join(lines)
+    SHIPPED.write_text(f'{{"timm": "{timm.__version__}", "left_out": {left_out}, "classifiers": {{\n{found}\n}}}}\n')
 
 
 if __name__ == "__main__":

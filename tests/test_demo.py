@@ -13,22 +13,26 @@ from timm_etf import UsageError, demo, hub
 from timm_etf.transfer import Result
 
 
-def test_a_card_has_the_probes_of_its_own_head_and_the_difference(tmp_path: Path) -> None:
+def test_a_card_has_the_probes_of_its_own_training_and_the_difference_of_the_methods(tmp_path: Path) -> None:
     rng, y = np.random.default_rng(0), np.zeros(500, np.int64)
-    probes = {}
+    probes: dict[str, list[dict[str, Result]]] = {head: [] for head in demo.HEADS}
+    exports: dict[str, list[Path]] = {head: [] for head in demo.HEADS}
     for head, share in zip(demo.HEADS, (0.6, 0.8), strict=True):
-        probes[head] = {"letters": Result((rng.random(500) < share).astype(np.float32), y, "standardised")}
-        source = {"data": "shapes", "top1": 50.0}
-        hub.export(timm.create_model("test_resnet"), tmp_path / demo.HEADS[head] / "export", results={"source": source})
-    compared = demo._compare(tmp_path, {"letters": tmp_path}, probes)
-    for head, name in demo.HEADS.items():
-        folder = tmp_path / name / "export"
-        demo._add_to_card(folder, compared)
-        low, high = probes[head]["letters"].interval()
-        row = f"| letters | 500 | {probes[head]['letters'].accuracy():.1f} [{low:.1f} to {high:.1f}] |"
-        assert row in (folder / "README.md").read_text()
-        [own] = json.loads((folder / "results.json").read_text())["transfer"]
-        assert (own["label"], own["reference"]) == (head, None if head == "learned" else "learned")
+        for seed in (0, 1):
+            correct = (rng.random(500) < share - 0.05 * seed).astype(np.float32)
+            probes[head].append({"letters": Result(correct, y, "standardised")})
+            source, folder = {"source": {"data": "shapes", "top1": 50.0}}, tmp_path / f"{head}{seed}"
+            exports[head].append(hub.export(timm.create_model("test_resnet"), folder, results=source))
+    compared = demo._compare(exports, {"letters": tmp_path}, probes).as_json()
+    assert compared["protocols"]["probe"]["mean"]["differences"]["ETF"]["runs_are"] == "trainings"  # type: ignore[index]
+    for head in demo.HEADS:
+        for folder, probe in zip(exports[head], probes[head], strict=True):
+            demo._add_to_card(folder, compared)
+            low, high = probe["letters"].interval()
+            row = f"| letters | 500 | {probe['letters'].accuracy():.1f} [{low:.1f} to {high:.1f}] |"
+            assert row in (folder / "README.md").read_text()
+            [own] = json.loads((folder / "results.json").read_text())["transfer"]
+            assert (own["label"], own["reference"]) == (head, None if head == "learned" else "learned")
 
 
 def _images(names: list[str]) -> list[str]:
@@ -38,9 +42,10 @@ def _images(names: list[str]) -> list[str]:
 def test_the_demo_and_its_continuation(
     embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # One epoch instead of fourteen, on fewer and smaller images; everything else is what the command does.
+    # One epoch instead of ten, on fewer and smaller images, two trainings of each; all else is what the command does.
     recipe = demo.config
     less = {"epochs": 1, "warmup_epochs": 0, "img_size": 24}
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))
     monkeypatch.setattr(demo, "config", lambda *args, **kwargs: dataclasses.replace(recipe(*args, **kwargs), **less))
     out = tmp_path / "demo"
     # As if it had been stopped once the images were drawn, six of each class.
@@ -49,28 +54,27 @@ def test_the_demo_and_its_continuation(
     written = json.loads((out / "results.json").read_text())
     assert {"schema": 1} | json.loads(json.dumps(results)) == written
     assert results["logits_identical_after_reload"] is True
-    assert [t["target"] for t in results["targets"]] == [
-        "pictograms-novel",
-        "letters-greek",
-        "letters-cyrillic",
-        "mnist-5k",
-    ]
-    for target in results["targets"]:
+    targets = results["transfer"]["protocols"]["probe"]["targets"]
+    assert list(targets) == ["pictograms-novel", "letters-greek", "letters-cyrillic", "mnist-5k"]
+    for target in targets.values():
         for head in ("learned", "ETF"):
-            low, high = target[head]["interval"]
-            assert 0 < low <= target[head]["accuracy"] <= high <= 100
-        low, high = target["difference"]["interval"]
-        assert low <= target["ETF"]["accuracy"] - target["learned"]["accuracy"] <= high
+            low, high = target["models"][head]["interval_over_test_images"]
+            assert 0 < low <= target["models"][head]["accuracy"] <= high <= 100
+        difference = target["differences"]["ETF"]
+        low, high = difference["interval_over_runs_and_images"]
+        assert low <= difference["mean"] <= high
+        assert difference["mean"] == pytest.approx(np.mean(difference["by_run"]))
     assert Image.open(out / "demo.png").size == (1800, 750)
     printed = capsys.readouterr().out
     assert "timm-etf pretrain --model resnet50_etf" in printed
-    assert f"local-dir:{out / 'resnet10t_etf' / 'export'}" in printed
-    card = (out / "resnet10t_etf" / "export" / "README.md").read_text()
-    assert f"| mnist-5k | 60 | {results['targets'][-1]['ETF']['accuracy']:.1f} [" in card
+    exports = [out / f"{name}-{seed}" / "export" for name in demo.HEADS.values() for seed in (0, 1)]
+    assert f"local-dir:{exports[2]}" in printed
+    for folder, measured in zip(exports[2:], targets["mnist-5k"]["models"]["ETF"]["by_model"], strict=True):
+        assert f"| mnist-5k | 60 | {measured['accuracy']:.1f} [" in (folder / "README.md").read_text()
 
     with pytest.raises(UsageError, match="continue that demo with --resume"):
         demo.run(out)
-    targets = demo.build_targets
-    monkeypatch.setattr(demo, "build_targets", lambda root: {"letters-greek": targets(root)["letters-greek"]})
+    build = demo.build_targets
+    monkeypatch.setattr(demo, "build_targets", lambda root: {"letters-greek": build(root)["letters-greek"]})
     again = demo.run(out, resume=True)
-    assert again["targets"] == results["targets"][1:2]
+    assert again["transfer"]["protocols"]["probe"]["targets"] == {"letters-greek": targets["letters-greek"]}

@@ -51,28 +51,31 @@ def test_the_card_is_made_of_the_files_beside_it(name: str) -> None:
 @pytest.mark.parametrize("name", published.NAMES)
 def test_weights_that_come_with_the_package_are_those_that_were_published(name: str) -> None:
     file = PACKAGE / "published" / name / "model.safetensors"
-    assert file.stat().st_size < 12e6
+    assert file.stat().st_size < (48e6 if name.startswith("resnet50_etf.") else 12e6)
     assert file_sha256(file) == published.config(name)["etf"]["weights_sha256"]
 
 
-def test_pretrained_answers_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "width"), [("resnet10t_etf", 512), ("resnet50_etf", 2048)])
+def test_pretrained_answers_without_a_network(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("reached for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    net = timm.create_model("resnet10t_etf", pretrained=True).eval()
+    net = timm.create_model(name, pretrained=True).eval()
     assert isinstance(net.fc, FixedClassifier)
     assert not list(net.fc.parameters())
     assert net.num_classes == 399
     assert net.pretrained_cfg["input_size"] == (3, 40, 40)
     assert len(net.pretrained_cfg["label_names"]) == 399
-    assert torch.allclose(net.fc.weight, timm_etf.frames.simplex(399, 512).float())
+    assert torch.allclose(net.fc.weight, timm_etf.frames.simplex(399, width).float())
     # Any of timm's arguments, as with its own weights.
-    assert timm.create_model("resnet10t_etf.icons400", pretrained=True, num_classes=0)(
-        torch.randn(1, 3, 40, 40)
-    ).shape == (1, 512)
-    fresh = timm.create_model("resnet10t_etf", pretrained=True, num_classes=7, in_chans=1)
-    assert fresh.fc.weight.shape == (7, 512)
+    image = torch.randn(1, 3, 40, 40)
+    pooled = timm.create_model(f"{name}.icons400", pretrained=True, num_classes=0).eval()
+    assert torch.equal(pooled(image), net.forward_head(net.forward_features(image), pre_logits=True))
+    maps = timm.create_model(name, pretrained=True, features_only=True).eval()(image)
+    assert torch.allclose(maps[-1].mean((2, 3)), pooled(image), atol=1e-6)
+    fresh = timm.create_model(name, pretrained=True, num_classes=7, in_chans=1)
+    assert fresh.fc.weight.shape == (7, width)
     assert torch.equal(fresh.layer4[0].conv1.weight, net.layer4[0].conv1.weight)
     other = timm.create_model("resnet10t_etf", pretrained=True, frame="gaussian", frame_seed=3)
     assert torch.equal(other.fc.weight, timm_etf.frames.gaussian(399, 512, seed=3).float())
@@ -132,7 +135,7 @@ for wrong in ({"feature_norm": "yes"}, {"logit_scale": -1}):
 
 def test_a_published_classifier_is_restored_with_every_option(tmp_path: Path) -> None:
     package = tmp_path / "timm_etf"
-    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "resnet10t*"))
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.icons400"))
     for name, options in OPTIONS.items():
         variant, _, tag = name.partition(".")
         torch.manual_seed(0)
@@ -155,6 +158,32 @@ def test_a_published_classifier_is_restored_with_every_option(tmp_path: Path) ->
     names = f"NAMES = {tuple(OPTIONS)!r}"
     (package / "published" / "__init__.py").write_text(re.sub(r"NAMES = \(.*\)", names, source))
     commands.run(tmp_path, *OPTIONS, code=RESTORED, env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=True)
+
+
+def test_what_published_weights_were_trained_on_is_said_once() -> None:
+    code = "import timm, timm_etf\nfor _ in range(2): timm.create_model('resnet10t_etf', pretrained=True)"
+    done = commands.run(code=code, check=True)
+    assert done.stderr.splitlines() == [
+        "resnet10t_etf.icons400: trained on 21,163 images of icons-400, 399 classes, 40 pixels, not on ImageNet. For "
+        "weights of ImageNet, under a learned classifier: timm.create_model('resnet10t', pretrained=True)"
+    ]
+    assert commands.run(code=code, env={"RANK": "1"}, check=True).stderr == ""
+    listed = commands.run("models", "resnet10t", check=True).stdout
+    assert "with weights: resnet10t_etf.icons400, trained on 21,163 images of icons-400" in listed
+
+
+def test_fine_tuning_moves_the_backbone_and_not_the_frame(images: Path) -> None:
+    net = timm.create_model("resnet50_etf", pretrained=True, num_classes=5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    dataset = timm.data.create_dataset("folder", str(images / "train"))
+    dataset.transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+    batch, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    torch.nn.functional.cross_entropy(net(batch), labels).backward()
+    optimizer.step()
+    moved = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"fc.weight", "fc.bias"}.isdisjoint(moved)
+    assert {k for k, _ in net.named_parameters()} <= moved
 
 
 def test_onnx_gives_the_published_logits(tmp_path: Path) -> None:
@@ -203,7 +232,9 @@ def test_the_downstream_example_runs(images: Path, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train").symlink_to(images / "train")
     (folder / "test").symlink_to(images / "validation")
-    script = Path(__file__).parents[1] / "examples" / "finetune_downstream.py"
-    arguments = ["--data", folder, "--epochs", "1", "--seeds", "1"]
+    script = Path(__file__).parents[1] / "examples" / "finetune" / "finetune.py"
+    arguments = ["--data", folder, "--epochs", "1", "--seeds", "1", "--out", tmp_path / "results.json"]
     done = commands.run(*arguments, code=script.read_text(encoding="utf-8"), check=True)
     assert "difference" in done.stdout
+    found = json.loads((tmp_path / "results.json").read_text())["mine"]["resnet10t_etf, pretrained"]["accuracy"]
+    assert f"  ({found[0]:.1f};" in done.stdout

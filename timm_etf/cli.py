@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,24 +28,35 @@ def main() -> None:
     """Entry point of the `timm-etf` command."""
     with one_line_errors():
         verb = next(iter(sys.argv[1:]), "")
+        if verb.startswith("--tyro-"):  # completion, of the verbs and of the options of each
+            tyro.extras.subcommand_cli_from_dict({v: _settings(v) for v in VERBS}, prog="timm-etf", description=_ABOUT)
         if verb not in VERBS:
             _show_verbs(verb)
+        if verb not in ("models", "data"):  # which do not need timm
+            importlib.import_module("timm_etf.variants")  # as `import timm_etf` does elsewhere
         settings = tyro.cli(_settings(verb), prog=f"timm-etf {verb}", args=_arguments(verb))
         printed = settings if isinstance(settings, str) else _run(verb, settings)
         if printed and is_first_process():
             print(printed)
 
 
+_ABOUT = "Image backbones pretrained under a fixed classifier."
+
+
 def _show_verbs(verb: str) -> None:
-    """Print the verbs and exit; with status 2 where help was not what was asked for."""
+    """Print the verbs, or the version, and exit; with status 2 where neither was asked for."""
+    if verb == "--version":
+        print(", ".join(f"{package} {version(package)}" for package in ("timm_etf", "timm", "torch")))
+        sys.exit()
     asked = verb in ("-h", "--help")
     if verb and not asked:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         print(f"error: no verb {verb!r}{f'; did you mean {close[0]}?' if close else ''}\n", file=sys.stderr)
     width = max(map(len, VERBS))
-    lines = ["usage: timm-etf VERB ...", "", "Image backbones pretrained under a fixed classifier.", ""]
+    lines = ["usage: timm-etf VERB ... | --version | --tyro-write-completion SHELL FILE", "", _ABOUT, ""]
     lines += [f"  {name:<{width}}  {about}" for name, about in VERBS.items()]
-    print("\n".join([*lines, "", "timm-etf VERB --help tells the rest."]), file=None if asked else sys.stderr)
+    lines += ["", "timm-etf VERB --help tells the rest.", "next: timm-etf demo --out demo"]
+    print("\n".join(lines), file=None if asked else sys.stderr)
     sys.exit(0 if asked else 2)
 
 
@@ -105,10 +117,18 @@ def models(pattern: tyro.conf.Positional[str] = "*", num_classes: int = 1000, co
         compute: Compute the spherical codes that are not cached yet: seconds for each width, minutes beyond 20,000
             classes.
     """
+    from timm_etf import published
     from timm_etf.coverage import coverage, left_out, table
 
-    lines = [table(coverage(pattern, num_classes, compute=compute), num_classes)]
+    rows = coverage(pattern, num_classes, compute=compute)
+    lines = [table(rows, num_classes)]
     lines += [f"left out: {name}, {reason}" for name, reason in left_out(pattern).items()]
+    variants = {row.name for row in rows}
+    lines += [
+        f"with weights: {name}, trained on {published.about(name)}"
+        for name in published.NAMES
+        if name.partition(".")[0] in variants
+    ]
     return "\n".join([*lines, f"next: timm.create_model(NAME, num_classes={num_classes}) after import timm_etf"])
 
 
@@ -130,7 +150,11 @@ def data(
     from timm_etf import data
 
     if suite == "embedded":
-        return "\n".join(map(str, [data.build_pictograms(root), *data.build_targets(root).values()]))
+        source = data.build_pictograms(root)
+        lines = [str(folder) for folder in (source, *data.build_targets(root).values())]
+        fits = "--in-chans 1 --img-size 40 --hflip 0"
+        lines.append(f"next: timm-etf pretrain --model resnet10t_etf --data-dir {source} {fits} --out RUN")
+        return "\n".join(lines)
     folders, missing = data.build_offline(root, seed=seed)
     lines = [str(folder) for folder in folders.values()]
     lines += [f"not built: {name}: {reason}" for name, reason in missing.items()]
@@ -175,6 +199,7 @@ def publish(
     print(planned.table(), flush=True)
     url = hub.publish(planned, private=private, tag=tag, create_pr=pr, message=message)
     lines = [f"{'published' if count else 'nothing new to upload'}: {url}"]
-    if not pr:
-        lines.append(f"next: timm.create_model('hf-hub:{repo}{f'@{revision}' if revision else ''}', pretrained=True)")
+    at = f"@{revision}" if revision else ""
+    load = f"timm.create_model('hf-hub:{repo}{at}', pretrained=True)"
+    lines.append(f"next: {'merge it there' if pr else load}")
     return "\n".join(lines)

@@ -5,20 +5,24 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-
-import timm
-import torch
-from timm.models import list_models
+from typing import Any
 
 from timm_etf import frames
 from timm_etf.atomic import write_json
-from timm_etf.classifier import fixed_classifiers
 from timm_etf.errors import UsageError
 from timm_etf.frames.codes import cached_coherence
-from timm_etf.variants import SUFFIX, SW_SUFFIX, base_name, skipped
 
 _logger = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).with_suffix(".json")
+"""Every architecture of one version of timm and its classifiers, so that neither is built nor timm imported to tell
+them; `python tests/sweep_variants.py` writes it."""
+
+Classifiers = dict[str, list[tuple[int, bool]]]
+"""Width of the features, and whether there is a bias, of each classifier of each architecture, by timm's name."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,32 @@ def coverage(pattern: str = "*", num_classes: int = 1000, *, compute: bool = Fal
     """
     if num_classes < 2:
         raise UsageError(f"A classifier needs at least 2 classes, got {num_classes}.")
-    names = list_models(base_name(pattern) + SUFFIX)
-    if SW_SUFFIX not in pattern:  # whitening changes nothing here
-        names = [name for name in names if not name.endswith(SW_SUFFIX + SUFFIX)]
-    if not names:
+    pattern = pattern.removesuffix("_etf")
+    shipped = _shipped()
+    if shipped and "_sw" not in pattern:
+        found = {name: heads for name, heads in shipped["classifiers"].items() if fnmatch(name, pattern)}
+    else:
+        found = classifiers(pattern)
+    if not found:
         reasons = "".join(f" {name} is left out: {reason}." for name, reason in left_out(pattern).items())
         raise UsageError(f"No architecture matches {pattern!r}: timm.list_models() lists the names.{reasons}")
-    all_heads = _classifiers(names)
-    return [_coverage(name, all_heads[name], num_classes, compute) for name in names]
+    return [_coverage(f"{name}_etf", heads, num_classes, compute) for name, heads in found.items()]
 
 
 def left_out(pattern: str = "*") -> dict[str, str]:
     """timm architectures that match but have no `_etf` variant, and why."""
-    return {name: reason for name, reason in skipped.items() if fnmatch(name, base_name(pattern))}
+    if shipped := _shipped():
+        reasons = shipped["left_out"]
+    else:
+        from timm_etf.variants import skipped as reasons
+    return {name: reason for name, reason in reasons.items() if fnmatch(name, pattern.removesuffix("_etf"))}
+
+
+@cache
+def _shipped() -> dict[str, Any] | None:
+    """What is in `SHIPPED`, if that is of the timm that is installed."""
+    found = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    return found if found["timm"] == version("timm") else None
 
 
 def _coverage(name: str, heads: list[tuple[int, bool]], num_classes: int, compute: bool) -> Coverage:
@@ -103,35 +120,43 @@ def _coherence(kind: str, num_classes: int, width: int, compute: bool) -> float 
     return known
 
 
-def _classifiers(names: list[str]) -> dict[str, list[tuple[int, bool]]]:
-    """Width and bias of every classifier of each variant.
+def classifiers(pattern: str) -> Classifiers:
+    """The classifiers of the architectures that match and have a variant.
 
     Only building a model tells them; on the meta device that costs a tenth of a second, so they are kept on disk for
     this version of timm.
     """
+    import timm
+    import torch
     from tqdm import tqdm
 
-    known: dict[str, list[tuple[int, bool]]] = {}
+    from timm_etf.classifier import fixed_classifiers
+    from timm_etf.variants import SUFFIX, SW_SUFFIX, base_name
+
+    names = [base_name(variant) for variant in timm.list_models(pattern + SUFFIX)]
+    if SW_SUFFIX not in pattern:  # whitening changes nothing here
+        names = [name for name in names if not name.endswith(SW_SUFFIX)]
+    known: Classifiers = {}
     with suppress(OSError, ValueError):  # no place for a cache, not yet there, or damaged
-        known = json.loads(_widths_file().read_text(encoding="utf-8"))
+        known = json.loads(_cache_file().read_text(encoding="utf-8"))
     missing = [name for name in names if name not in known]
     for name in tqdm(missing, desc="reading architectures", unit="model", delay=2, mininterval=0.5, leave=False):
         with torch.device("meta"):
-            model = timm.create_model(name, num_classes=10)
+            model = timm.create_model(name + SUFFIX, num_classes=10)
         known[name] = [(head.in_features, head.bias is not None) for _, head in fixed_classifiers(model)]
     if missing:
         try:
-            write_json(_widths_file(), known)
+            write_json(_cache_file(), known)
         except (OSError, ValueError) as e:  # ValueError: where the folder should be there is a file
             _logger.warning(f"The widths of the classifiers could not be kept ({e}): HF_HOME says where.")
     return {name: [(width, bias) for width, bias in known[name]] for name in names}
 
 
-def _widths_file() -> Path:
+def _cache_file() -> Path:
     from huggingface_hub import cached_assets_path
 
-    folder = cached_assets_path("timm_etf", "models", "classifiers")  # made here, if it was not there
-    return folder / f"timm-{timm.__version__}.json"
+    folder = cached_assets_path("timm_etf", "models", "architectures")  # made here, if it was not there
+    return folder / f"timm-{version('timm')}.json"
 
 
 def table(rows: list[Coverage], num_classes: int) -> str:

@@ -1,6 +1,7 @@
-"""The five-minute demo: one small backbone pretrained twice from one seed, with a learned and with a fixed classifier.
+"""The five-minute demo: one small backbone, pretrained from three seeds with a learned and with a fixed classifier.
 
-Everything goes the way a user's own data would: image folders, `pretrain`, `hub.export`, timm's loader, linear probes.
+Everything goes the way a user's own data would: image folders, `pretrain`, `hub.export`, timm's loader, linear probes,
+and the statistics of `timm-etf transfer`.
 """
 
 import json
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 
@@ -22,21 +24,24 @@ from timm_etf.hub.load import WEIGHTS
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.loop import pretrain
 from timm_etf.report.results import Checkpoint, Transfer, read, write
+from timm_etf.report.statistics import t_interval
 from timm_etf.report.style import COLOURS, STYLE, save
 from timm_etf.transfer.report import Report
 
 HEADS = {"learned": "resnet10t", "ETF": "resnet10t_etf"}
-"""The two runs: what they are called and the timm name that differs."""
+"""The two methods: what they are called and the timm name that differs."""
+
+SEEDS = (0, 1, 2)
+"""Of the trainings of each: one would be an anecdote, whose sign changes from machine to machine."""
 
 _COLOURS = dict(zip(HEADS, COLOURS, strict=False))
-SEED = 0
 PROTOCOL = (
     "Linear probe: logistic regression on the standardised features before the classifier, strength of "
-    "regularisation chosen on a fifth of the target's training split. Interval: bootstrap over test images."
+    "regularisation chosen on a fifth of the target's training split. Intervals: over trainings and test images."
 )
 
 
-def config(name: str, out: Path, data_dir: Path, *, resume: bool = False) -> PretrainConfig:
+def config(name: str, out: Path, data_dir: Path, *, seed: int, resume: bool = False) -> PretrainConfig:
     """The demo's recipe, the same for both heads."""
     return PretrainConfig(
         model=name,
@@ -44,20 +49,20 @@ def config(name: str, out: Path, data_dir: Path, *, resume: bool = False) -> Pre
         data_dir=data_dir,
         # resnet10t at a quarter of its cost: half the width everywhere, 256 features.
         model_kwargs=("channels=(32, 64, 128, 256)", "stem_width=16"),
-        img_size=40,
+        img_size=32,
         in_chans=1,
         mean=(0.5,),
         std=(0.5,),
         crop_pct=1.0,
         scale=(0.6, 1.0),
         hflip=0.0,  # an arrow to the left is another class than one to the right
-        epochs=14,
-        warmup_epochs=2,
+        epochs=10,
+        warmup_epochs=1,
         batch_size=64,
         lr=0.2,
         weight_decay=5e-4,
         workers=0,  # on two cores a loader process costs the training more than it brings
-        seed=SEED,
+        seed=seed,
         resume=resume,
     )
 
@@ -80,41 +85,44 @@ def run(out: Path, *, resume: bool = False) -> dict[str, Any]:
     started = time.perf_counter()
     source = build_pictograms(out / "data")
     targets = build_targets(out / "data")
-    runs: dict[str, dict[str, Any]] = {}
-    for head, name in HEADS.items():
-        print(f"Pretraining {name} ({head} classifier)")
-        folder = out / name
-        runs[head] = pretrain(config(name, folder, source, resume=(folder / "run.json").exists()))["source"]
-    probes = {head: _probe(out / name / "export", targets) for head, name in HEADS.items()}
-    identical = all(_reload(out / name / "export") for name in HEADS.values())
-
+    runs: dict[str, list[dict[str, Any]]] = {head: [] for head in HEADS}
+    for seed in SEEDS:
+        for head, name in HEADS.items():
+            print(f"Pretraining {name} ({head} classifier), seed {seed}")
+            folder = _run(out, name, seed)
+            settings = config(name, folder, source, seed=seed, resume=(folder / "run.json").exists())
+            runs[head].append(pretrain(settings)["source"])
+    exports = {head: [_run(out, name, seed) / "export" for seed in SEEDS] for head, name in HEADS.items()}
+    probes = {head: [_probe(folder, targets) for folder in folders] for head, folders in exports.items()}
+    report = _compare(exports, targets, probes)
+    compared = report.as_json()
     results = {
         "protocol": PROTOCOL,
-        "seed": SEED,
+        "seeds": list(SEEDS),
         "source": runs,
-        "targets": [
-            {
-                "target": target,
-                "classes": len(set(probes["ETF"][target].y.tolist())),
-                "count": len(probes["ETF"][target].correct),
-                **{
-                    head: {"accuracy": by_target[target].accuracy(), "interval": by_target[target].interval()}
-                    for head, by_target in probes.items()
-                },
-                "difference": _difference(probes["learned"][target], probes["ETF"][target]),
-            }
-            for target in targets
-        ],
-        "logits_identical_after_reload": identical,
+        "source_difference": _source_difference(runs),
+        "transfer": compared,
+        "logits_identical_after_reload": all(_reload(folder) for folders in exports.values() for folder in folders),
         "seconds": round(time.perf_counter() - started, 1),
     }
     write(out / "results.json", results)
-    compared = _compare(out, targets, probes)
-    for name in HEADS.values():
-        _add_to_card(out / name / "export", compared)
-    picture = _draw(out, source, targets, results)
-    print(_report(out, results, picture))
+    for folders in exports.values():
+        for folder in folders:
+            _add_to_card(folder, compared)
+    picture = _draw(out, source, targets, report)
+    print(_summary(out, results, report, picture))
     return results
+
+
+def _run(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name}-{seed}"
+
+
+def _source_difference(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Top-1 on the source, ETF less learned, over the pairs of trainings."""
+    pairs = zip(runs["learned"], runs["ETF"], strict=True)
+    by_run = [etf["top1"] - learned["top1"] for learned, etf in pairs]
+    return {"mean": float(np.mean(by_run)), "interval_over_runs": t_interval(by_run), "by_run": by_run}
 
 
 def _probe(folder: Path, targets: dict[str, Path]) -> dict[str, transfer.Result]:
@@ -137,29 +145,26 @@ def _reload(folder: Path) -> bool:
     return has_block == any(fixed_classifiers(ours)) and torch.equal(plain(images), ours(images))
 
 
-def _difference(learned: transfer.Result, etf: transfer.Result) -> dict[str, Any]:
-    mean, interval = transfer.paired_difference(learned, etf)
-    return {"accuracy": mean, "interval": interval}
-
-
-def _compare(out: Path, targets: dict[str, Path], probes: dict[str, dict[str, transfer.Result]]) -> Transfer:
-    """The probes as `timm-etf transfer` would have written them."""
-    folders = [out / name / "export" for name in HEADS.values()]
+def _compare(
+    exports: dict[str, list[Path]], targets: dict[str, Path], probes: dict[str, list[dict[str, transfer.Result]]]
+) -> Report:
+    """The probes as `timm-etf transfer` compares them; `exports` and `probes` hold a training for each seed."""
+    trainings = [(head, number) for head, folders in exports.items() for number in range(len(folders))]
     return Report(
-        candidates=[Candidate(head, f"local-dir:{folder}") for head, folder in zip(HEADS, folders, strict=True)],
+        candidates=[Candidate(head, f"local-dir:{exports[head][number]}") for head, number in trainings],
         targets=[transfer.Target(name, str(root)) for name, root in targets.items()],
         results={
-            (number, name, "probe", 0): result
-            for number, head in enumerate(HEADS)
-            for name, result in probes[head].items()
+            (candidate, name, "probe", 0): result
+            for candidate, (head, number) in enumerate(trainings)
+            for name, result in probes[head][number].items()
         },
         seconds={},
         missing={},
         notes=[],
         collapse={},
-        weights_sha256={number: file_sha256(folder / WEIGHTS) for number, folder in enumerate(folders)},
+        weights_sha256={i: file_sha256(exports[head][number] / WEIGHTS) for i, (head, number) in enumerate(trainings)},
         settings={"seeds": 1, "versions": {p: version(p) for p in ("timm_etf", "timm", "torch")}},
-    ).as_json()
+    )
 
 
 def _add_to_card(folder: Path, compared: Transfer) -> None:
@@ -169,53 +174,52 @@ def _add_to_card(folder: Path, compared: Transfer) -> None:
     hub.write_card(folder)
 
 
-def _report(out: Path, results: dict[str, Any], picture: Path) -> str:
+def _summary(out: Path, results: dict[str, Any], report: Report, picture: Path) -> str:
     """The table and the next commands."""
 
-    def row(name: str, learned: str, etf: str, difference: str) -> str:
-        return f"{name:<28}{learned:>10}{etf:>10}   {difference}"
+    def row(name: str, *cells: str) -> str:
+        *accuracies, difference = cells
+        return f"{name:<28}{''.join(f'{a:>10}' for a in accuracies)}   {difference}"
 
-    source = results["source"]
-    top1 = {head: source[head]["top1"] for head in HEADS}
+    source, apart = results["source"], results["source_difference"]
+    means = [f"{np.mean([run['top1'] for run in source[head]]):.1f}" for head in HEADS]
+    ends = "({:+.1f} to {:+.1f})".format(*apart["interval_over_runs"])
     lines = [
         "",
-        row("accuracy in %", "learned", "ETF", "ETF - learned (95 % interval)"),
-        row(
-            f"source ({source['ETF']['count']} images)",
-            f"{top1['learned']:.1f}",
-            f"{top1['ETF']:.1f}",
-            f"{top1['ETF'] - top1['learned']:+.1f}",
-        ),
+        row(f"accuracy in %, {len(SEEDS)} trainings", *HEADS, "ETF - learned (95 % interval)"),
+        row(f"source ({source['ETF'][0]['count']} images)", *means, f"{apart['mean']:+.1f} {ends}"),
     ]
-    for t in results["targets"]:
-        difference, (low, high) = t["difference"]["accuracy"], t["difference"]["interval"]
-        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-        lines.append(
-            row(
-                f"probe {t['target']} ({t['count']})",
-                f"{t['learned']['accuracy']:.1f}",
-                f"{t['ETF']['accuracy']:.1f}",
-                f"{difference:+.1f} ({low:+.1f} to {high:+.1f}) {verdict}",
-            )
-        )
-    etf = out / HEADS["ETF"] / "export"
+    for target in report.targets:
+        count = len(report.results[0, target.name, "probe", 0].y)
+        accuracies = [f"{report.accuracy(head, [target], 'probe'):.1f}" for head in HEADS]
+        lines.append(row(f"probe {target.name} ({count})", *accuracies, _difference(report, target)))
+    etf = _run(out, HEADS["ETF"], SEEDS[0]) / "export"
     logits = "identical" if results["logits_identical_after_reload"] else "NOT IDENTICAL"
-    lines += [
-        "One seed, intervals over test images only: an illustration, not evidence for or against the method.",
-        f"Reloaded with and without timm_etf: logits {logits}. {results['seconds']:.0f} s in all.",
-        "",
-        f"picture: {picture}",
-        f"models:  {etf} and {out / HEADS['learned'] / 'export'}",
-        "next:    fine-tune it for 102 classes of your own, in plain timm:",
-        f"           model = timm.create_model('local-dir:{etf}', pretrained=True, num_classes=102)",
-        "         pretrain on your own images (one folder per class in train/ and validation/):",
-        "           timm-etf pretrain --model resnet50_etf --data-dir DATA --out runs/mine",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "Intervals over trainings and test images (source: trainings). Three trainings are a look, not a claim.",
+            f"Reloaded with and without timm_etf: logits {logits}. {results['seconds']:.0f} s in all.",
+            "",
+            f"picture: {picture}",
+            f"models:  {out}/*/export",
+            "next:    fine-tune one for 102 classes of your own, in plain timm:",
+            f"           model = timm.create_model('local-dir:{etf}', pretrained=True, num_classes=102)",
+            "         pretrain on your own images (one folder per class in train/ and validation/):",
+            "           timm-etf pretrain --model resnet50_etf --data-dir DATA --out runs/mine",
+        ]
+    )
 
 
-def _draw(out: Path, source: Path, targets: dict[str, Path], results: dict[str, Any]) -> Path:
-    """demo.png: what the images look like, how the two runs learned, and how their features transfer."""
+def _difference(report: Report, target: transfer.Target) -> str:
+    found = report.difference("ETF", [target], "probe")
+    low, high = found.runs_and_images or found.test_images
+    verdict = {"win": "better", "loss": "worse", "tie": "no clear difference", None: ""}[found.claim]
+    return f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f}) {verdict}".rstrip()
+
+
+def _draw(out: Path, source: Path, targets: dict[str, Path], report: Report) -> Path:
+    """demo.png: what the images look like, how the runs learned, and how their features transfer."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -224,7 +228,7 @@ def _draw(out: Path, source: Path, targets: dict[str, Path], results: dict[str, 
         left, middle, right = figure.subfigures(1, 3, width_ratios=[0.9, 1.0, 1.5])
         _draw_images(left, source, targets)
         _draw_learning(middle.subplots(), out)
-        _draw_transfer(right.subplots(), results["targets"])
+        _draw_transfer(right.subplots(), report)
         save(figure, out / "demo.png", dpi=150)
     return out / "demo.png"
 
@@ -248,23 +252,27 @@ def _draw_images(figure: Any, source: Path, targets: dict[str, Path]) -> None:
 
 def _draw_learning(axis: Any, out: Path) -> None:
     for head, name in HEADS.items():
-        epochs = [json.loads(line) for line in (out / name / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        axis.plot([e["epoch"] for e in epochs], [e["top1"] for e in epochs], color=_COLOURS[head], label=f"{head} head")
+        for seed in SEEDS:
+            log = (_run(out, name, seed) / "log.jsonl").read_text(encoding="utf-8")
+            epochs = [json.loads(line) for line in log.splitlines()]
+            label = {"label": f"{head} head"} if seed == SEEDS[0] else {}
+            axis.plot([e["epoch"] for e in epochs], [e["top1"] for e in epochs], color=_COLOURS[head], lw=1, **label)
     axis.set(xlabel="epoch", title="Source: top-1 on unseen icon families (%)", ylim=(0, None))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, loc="lower right")
 
 
-def _draw_transfer(axis: Any, targets: list[dict[str, Any]]) -> None:
-    heights = range(len(targets))[::-1]
-    for y, target in zip(heights, targets, strict=True):
+def _draw_transfer(axis: Any, report: Report) -> None:
+    names = []
+    for y, target in zip(range(len(report.targets))[::-1], report.targets, strict=True):
         for head, shift in (("learned", 0.1), ("ETF", -0.1)):
-            axis.plot(target[head]["interval"], [y + shift] * 2, color=_COLOURS[head], linewidth=2)
-            axis.plot(target[head]["accuracy"], y + shift, "o", color=_COLOURS[head])
-        difference, (low, high) = target["difference"]["accuracy"], target["difference"]["interval"]
-        text = f"ETF - learned: {difference:+.1f} ({low:+.1f} to {high:+.1f})"
+            axis.plot(report.interval(head, [target], "probe"), [y + shift] * 2, color=_COLOURS[head], linewidth=2)
+            axis.plot(report.accuracy(head, [target], "probe"), y + shift, "o", color=_COLOURS[head])
+            axis.plot(trainings := report.accuracies(head, target, "probe"), [y + shift] * len(trainings), "|k", ms=8)
+        text = f"ETF - learned: {_difference(report, target)}"
         axis.annotate(text, (1.0, y + 0.27), xycoords=("axes fraction", "data"), ha="right", fontsize=8.5)
-    axis.set_yticks(heights, [f"{t['target']}\n{t['classes']} classes" for t in targets])
-    axis.set(ylim=(-0.6, len(targets) - 0.4), xlabel="accuracy (%), 95 % over test images, one seed")
+        names.append(f"{target.name}\n{len(set(report.results[0, target.name, 'probe', 0].y.tolist()))} classes")
+    axis.set_yticks(range(len(names))[::-1], names)
+    axis.set(ylim=(-0.6, len(names) - 0.4), xlabel="accuracy (%), 95 % over test images; ticks: the trainings")
     axis.set_title("Transfer: linear probe of the frozen features")
     axis.grid(axis="x", alpha=0.3)

@@ -5,10 +5,12 @@ norms are replaced by switchable whitening (`_sw`), or the classifiers that its 
 (`_etf`), or both (`_sw_etf`). Nothing in timm is patched.
 """
 
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from timm_etf import published
 from timm_etf.classifier import fix_classifier, fixed_classifiers, restore
 from timm_etf.errors import UsageError
 from timm_etf.heads import Projector
+from timm_etf.processes import is_first_process
 from timm_etf.whitening import whiten_resnet
+
+_logger = logging.getLogger(__name__)
 
 SUFFIX = "_etf"
 """What the name of a variant with a fixed classifier adds to its base's."""
@@ -129,7 +134,19 @@ def _find_weights(
     if published_as not in published.NAMES or any(overlay.get(k) for k in _SOURCES):
         return cfg, overlay, {}
     file = published.weights(published_as, cache_dir)
+    _say_what_it_is(published_as)
     return cfg, {**overlay, "file": str(file)}, published.config(published_as)
+
+
+@cache  # once is enough
+def _say_what_it_is(name: str) -> None:
+    """To timm's users `pretrained=True` means ImageNet."""
+    if is_first_process():
+        base = base_name(name.partition(".")[0])
+        _logger.warning(
+            f"{name}: trained on {published.about(name)}, not on ImageNet. For weights of ImageNet, under a learned "
+            f"classifier: timm.create_model({base!r}, pretrained=True)"
+        )
 
 
 def _fix(

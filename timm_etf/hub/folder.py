@@ -93,7 +93,7 @@ def export(
             layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
             tensors |= {k: tensors[k].half() for k in layers & tensors.keys() - heads}
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        etf = _etf_block(trained, file_sha256(new / WEIGHTS), recipe)
+        etf = _etf_block(trained, file_sha256(new / WEIGHTS), recipe, results)
         write_json(new / "config.json", _config(model, new, tag, data_config, label_names, etf))
         (new / WEIGHTS).chmod((new / "config.json").stat().st_mode)  # safetensors lets nobody else read it
         write_results(new / "results.json", results or {})
@@ -132,11 +132,14 @@ def _config(
     return config if etf is None else {**config, "etf": etf}
 
 
-def _etf_block(model: nn.Module, sha256: str, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+def _etf_block(
+    model: nn.Module, sha256: str, recipe: dict[str, Any] | None, results: dict[str, Any] | None
+) -> dict[str, Any] | None:
     fixed = dict(fixed_classifiers(model))
     if not fixed:
         return None
     first = next(iter(fixed.values()))
+    source = (results or {}).get("source", {})
     return {
         "format": FORMAT,
         "frame": first.frame,
@@ -149,6 +152,7 @@ def _etf_block(model: nn.Module, sha256: str, recipe: dict[str, Any] | None) -> 
         "feature_norm": first.feature_norm,
         "projector": first.projector_kind,
         "weights_sha256": sha256,
+        "data": {"name": source.get("data"), "images": source.get("train_images")},
         "recipe": recipe or {},
         "versions": {"timm_etf": version("timm_etf"), "timm": timm.__version__},
     }

@@ -7,13 +7,14 @@ import json
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from timm.models._pretrained import PretrainedCfg
+from typing import TYPE_CHECKING, Any
 
 from timm_etf.atomic import file_sha256
 from timm_etf.download import WEIGHTS, download
 from timm_etf.errors import UsageError
+
+if TYPE_CHECKING:
+    from timm.models._pretrained import PretrainedCfg
 
 NAMES = ("resnet10t_etf.icons400",)
 """All of them; the first of a variant is what `pretrained=True` loads without a tag."""
@@ -30,8 +31,22 @@ def config(name: str) -> dict[str, Any]:
     return json.loads((_HERE / name / "config.json").read_text(encoding="utf-8"))
 
 
-def pretrained_cfgs(variant: str) -> dict[str, PretrainedCfg]:
+def about(name: str) -> str:
+    """What a published checkpoint was trained on.
+
+    Example:
+        >>> about("resnet10t_etf.icons400")
+        '21,163 images of icons-400, 399 classes, 40 pixels'
+    """
+    found = config(name)
+    data, size = found["etf"]["data"], found["pretrained_cfg"]["input_size"][-1]
+    return f"{data['images']:,} images of {data['name']}, {found['num_classes']} classes, {size} pixels"
+
+
+def pretrained_cfgs(variant: str) -> "dict[str, PretrainedCfg]":
     """timm's configuration of each published checkpoint of a variant, by tag, the default first."""
+    from timm.models._pretrained import PretrainedCfg
+
     cfgs = {}
     for name in NAMES:
         architecture, _, tag = name.partition(".")

@@ -34,10 +34,18 @@ def remarks(missing: Mapping[str, str], notes: Iterable[str]) -> list[str]:
     return [f"- **missing**: {k}: {v}" for k, v in missing.items()] + [f"- {n}" for n in notes]
 
 
-def closing(out: Path, missing: Mapping[str, str], pictures: str) -> list[str]:
-    """Last lines of what a command prints: what is missing, and where the rest is; `pictures` is a wildcard."""
+def closing(out: Path, missing: Mapping[str, str], pictures: str, *, then: str) -> list[str]:
+    """Last lines of what a command prints: what is missing, where the rest is, and what to do `then`.
+
+    Args:
+        out: Folder of the report.
+        missing: Why something has no result, by what it is.
+        pictures: Wildcard of the pictures' names.
+        then: The next command.
+    """
     lines = []
     if missing:
         name, reason = next(iter(missing.items()))
         lines.append(f"missing: {len(missing)}, such as {name} ({reason})")
-    return [*lines, f"report:  {out / 'report.md'}", *(f"picture: {p}" for p in sorted(out.glob(pictures)))]
+    drawn = (f"picture: {p}" for p in sorted(out.glob(pictures)))
+    return [*lines, f"report:  {out / 'report.md'}", *drawn, f"next:    {then}"]

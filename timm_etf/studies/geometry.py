@@ -213,5 +213,5 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
             names = [n for n in ("nc1", "cdnv", "within", "within_share") if all(n in m for m in members)]
             shown = {n: float(np.mean([m[n] for m in members])) for n in names}
             lines.append(f"{data}, {label}: " + ", ".join(f"{n} {v:.4g}" for n, v in shown.items()))
-    lines += closing(out, results["missing"], "covariance-*.png")
-    return "\n".join([*lines, "next:    timm-etf random-features with these --models and --data"])
+    then = "timm-etf random-features with these --models and --data"
+    return "\n".join([*lines, *closing(out, results["missing"], "covariance-*.png", then=then)])

@@ -181,4 +181,5 @@ def summary(results: Mapping[str, Any], out: Path) -> str:
                 f"{data}, {label}: least test error {best['simulated']:.4g} of the labels' variance ({where}); "
                 f"{agreement(points)}"
             )
-    return "\n".join([*lines, *closing(out, results["missing"], "random-features-*.png")])
+    then = "timm-etf transfer with these --models, and the data as --targets"
+    return "\n".join([*lines, *closing(out, results["missing"], "random-features-*.png", then=then)])

@@ -51,7 +51,8 @@ def summary(report: Comparison, out: Path) -> str:
                 parts.append(f"{label} - {report.reference}: {difference}, {tally} w/t/l over test images")
         if parts:
             lines.append(f"{protocol}, mean of targets: " + "; ".join(parts))
-    return "\n".join([*lines, *closing(out, report.missing, "transfer.png")])
+    then = f"timm-etf publish RUN ORG/NAME --results {out / 'results.json'}"
+    return "\n".join([*lines, *closing(out, report.missing, "transfer.png", then=then)])
 
 
 def show(difference: Difference) -> str:

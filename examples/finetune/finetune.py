@@ -1,13 +1,14 @@
 """Fine-tune the checkpoint that comes with timm_etf on your images, beside the same backbone from scratch.
 
-    python examples/finetune_downstream.py                      # Greek letters and MNIST, drawn here: extra [demo]
-    python examples/finetune_downstream.py --data MY_IMAGES     # MY_IMAGES/train/CLASS/*, MY_IMAGES/test/CLASS/*
+    python examples/finetune/finetune.py                      # Greek letters and MNIST, drawn here: extra [demo]
+    python examples/finetune/finetune.py --data MY_IMAGES     # MY_IMAGES/train/CLASS/*, MY_IMAGES/test/CLASS/*
 
 Both get the same few images of each class, number of steps and choice of learning rate: each rate is tried on a fifth
 of the training images, and the best one is used on all of them.
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the images are drawn without --data")
+    parser.add_argument("--out", type=Path, help="results.json to write")
     arguments = parser.parse_args()
     roots = arguments.data
     if not roots:
@@ -105,9 +107,11 @@ def main() -> None:
         f"test accuracy in % with up to {arguments.per_class} training images per class and {arguments.epochs} epochs: "
         f"mean of {arguments.seeds} seeds (each; learning rates)"
     )
+    found = {}
     for root in roots:
         means = []
         for pretrained in (True, False):
+            how = "resnet10t_etf, pretrained" if pretrained else "resnet10t, from scratch"
             runs = [
                 measure(root, pretrained, arguments.per_class, arguments.epochs, seed)
                 for seed in range(arguments.seeds)
@@ -115,9 +119,11 @@ def main() -> None:
             means.append(statistics.mean(a for a, _ in runs))
             each = ", ".join(f"{a:.1f}" for a, _ in runs)
             rates = ", ".join(f"{lr:g}" for _, lr in runs)
-            how = "resnet10t_etf, pretrained" if pretrained else "resnet10t, from scratch"
+            found.setdefault(root.name, {})[how] = {"accuracy": [a for a, _ in runs], "lr": [lr for _, lr in runs]}
             print(f"{root.name:<16}{how:<28}{means[-1]:6.1f}  ({each}; {rates})")
         print(f"{root.name:<16}{'difference':<28}{means[0] - means[1]:+6.1f}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
