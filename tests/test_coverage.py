@@ -1,10 +1,15 @@
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 
 from tests import commands
 from timm_etf import UsageError, coverage, frames
 from timm_etf.classifier import fixed_classifiers
-from timm_etf.coverage import table
+from timm_etf.coverage import SHIPPED, classifiers, left_out, table
+from timm_etf.variants import skipped
 
 
 def test_coverage_is_what_the_models_have() -> None:
@@ -17,6 +22,31 @@ def test_coverage_is_what_the_models_have() -> None:
         assert rows[name].frames == (head.frame,)
         assert rows[name].saved_parameters == sum(b.numel() for b in head.buffers())
         assert rows[name].bound == frames.bound(500, head.in_features)
+
+
+@pytest.mark.skipif(json.loads(SHIPPED.read_text())["timm"] != timm.__version__, reason="of another timm")
+def test_what_is_shipped_is_what_building_tells() -> None:
+    shipped = json.loads(SHIPPED.read_text())
+    names = [n.removesuffix("_etf") for n in timm.list_models("*_etf") if not n.endswith("_sw_etf")]
+    assert list(shipped["classifiers"]) == names
+    assert shipped["left_out"] == skipped
+    for pattern in ("test_*", "crossvit_9*", "resnet10t"):
+        for name, heads in classifiers(pattern).items():
+            assert [tuple(head) for head in shipped["classifiers"][name]] == heads
+
+
+def test_of_another_timm_the_models_are_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = sys.modules["timm_etf.coverage"]
+    shipped = {"timm": "0", "left_out": {}, "classifiers": {"resnet10t": [[1, True]]}}
+    (tmp_path / "coverage.json").write_text(json.dumps(shipped))
+    before = [coverage(pattern, 500) for pattern in ("test_*", "crossvit_9*", "resnet10t")]
+    monkeypatch.setattr(module, "SHIPPED", tmp_path / "coverage.json")
+    module._shipped.cache_clear()
+    try:
+        assert [coverage(pattern, 500) for pattern in ("test_*", "crossvit_9*", "resnet10t")] == before
+        assert left_out() == skipped
+    finally:
+        module._shipped.cache_clear()
 
 
 def test_coherence_of_optimal_frames_is_the_bound_and_of_codes_what_was_computed() -> None:
@@ -49,7 +79,7 @@ def test_bad_arguments() -> None:
 
 
 def test_without_a_place_for_a_cache_the_table_is_the_same() -> None:
-    command = ("models", "test_res*")
+    command = ("models", "resnet10t_sw")  # which the package does not know without building it
     done = commands.run(*command, env={"HF_ASSETS_CACHE": "/proc/nohome"}, check=True)
     assert "Traceback" not in done.stderr
     assert done.stderr.count("could not be kept") == 1

@@ -17,6 +17,7 @@ import timm
 import tyro
 
 import timm_etf
+from tests import commands
 from tests.hub.conftest import Client
 from tests.hub.conftest import client as client
 from tests.hub.conftest import server as server
@@ -223,7 +224,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / path).exists(), path
 
 
-def commands() -> Iterator[str]:
+def command_lines() -> Iterator[str]:
     for page in PAGES:
         for line in "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines():
             for part in re.split(" && ", line.partition("  #")[0].partition("   #")[0]):
@@ -231,7 +232,7 @@ def commands() -> Iterator[str]:
                     yield part.strip()
 
 
-@pytest.mark.parametrize("line", list(dict.fromkeys(commands())))
+@pytest.mark.parametrize("line", list(dict.fromkeys(command_lines())))
 def test_commands_have_the_options_that_are_given(line: str) -> None:
     given = shlex.split(line)
     at = next(i for i, word in enumerate(given) if word.endswith(("timm-etf", "timm_etf.pretrain")))
@@ -293,7 +294,9 @@ def test_readme_is_short() -> None:
     assert len(text(README).split()) <= 1300
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models", "resnet50"], ["modles"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["pretrain", "--help"], ["models", "resnet50"], ["modles"]]
+)
 def test_the_command_answers_without_timm(arguments: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['timm-etf', *sys.argv[1:]]\n"
@@ -304,3 +307,19 @@ def test_the_command_answers_without_timm(arguments: list[str]) -> None:
     loaded = done.stdout.splitlines()[-1]
     assert loaded == f"LOADED False {arguments[0] == 'models'}", done.stderr
     assert done.returncode == (2 if arguments[0] == "modles" else 0)
+
+
+def test_a_shell_completes_verbs_options_and_values(tmp_path: Path) -> None:
+    script = tmp_path / "completion.bash"
+    commands.run("--tyro-write-completion", "bash", script, check=True)
+    for line, completed in {
+        "pret": "pretrain",
+        "pretrain --img": "--img-size",
+        "pretrain --loss dot": "dot_regression",
+    }.items():
+        words = shlex.split(f"timm-etf {line}")
+        code = f"source {script}; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _tyro_timm_etf"
+        done = subprocess.run(
+            ["bash", "-c", code + '; echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == [completed]

@@ -32,8 +32,6 @@ def main() -> None:
             tyro.extras.subcommand_cli_from_dict({v: _settings(v) for v in VERBS}, prog="timm-etf", description=_ABOUT)
         if verb not in VERBS:
             _show_verbs(verb)
-        if verb not in ("models", "data"):  # which do not need timm
-            importlib.import_module("timm_etf.variants")  # as `import timm_etf` does elsewhere
         settings = tyro.cli(_settings(verb), prog=f"timm-etf {verb}", args=_arguments(verb))
         printed = settings if isinstance(settings, str) else _run(verb, settings)
         if printed and is_first_process():
@@ -87,6 +85,7 @@ def _module(verb: str) -> Any:
 
 
 def _run(verb: str, settings: Any) -> str:
+    importlib.import_module("timm_etf.variants")  # which `import timm_etf` registers anywhere else
     if verb == "pretrain":
         from timm_etf.pretrain.loop import pretrain, summary
 

@@ -39,6 +39,15 @@ def test_what_is_missing_has_no_panel_and_what_is_not_finite_no_point(tmp_path: 
     assert not np.array_equal(drawn(tmp_path, {**EPOCH, "loss": 1.0}), drawn(tmp_path, EPOCH))
 
 
+def test_the_line_that_a_kill_cut_off_costs_no_picture(tmp_path: Path) -> None:
+    whole = drawn(tmp_path, EPOCH, {**EPOCH, "epoch": 2, "top1": 60.0})
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"epoch": 3, "top')
+    path = draw(log, tmp_path / "curves.png")
+    assert path
+    assert np.array_equal(whole, np.asarray(Image.open(path).convert("RGB")))
+
+
 def test_nothing_to_draw(tmp_path: Path) -> None:
     assert draw(tmp_path / "log.jsonl", tmp_path / "curves.png") is None
     assert drawn(tmp_path) is None

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,8 @@ def _draw(run: Run) -> None:
     if run.accelerator.is_main_process:
         try:
             curves.draw(run.config.out / "log.jsonl", run.config.out / "curves.png")
+            if not find_spec("matplotlib"):
+                print("curves.png takes matplotlib: pip install matplotlib", file=sys.stderr)
         except Exception as e:  # matplotlib's kinds are many
             print(f"warning: curves.png was not drawn ({one_line(e)})", file=sys.stderr)
 

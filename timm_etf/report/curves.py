@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def draw(log: Path, path: Path) -> Path | None:
     """
     if not log.exists() or not find_spec("matplotlib"):
         return None
-    epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    epochs: list[dict[str, Any]] = []
+    with suppress(ValueError):  # the last line of a run that was killed while writing it
+        epochs += map(json.loads, log.read_text(encoding="utf-8").splitlines())
     panels = [title for title, keys in _PANELS.items() if any(_points(epochs, key) for key in keys)]
     timed = [e for e in epochs if sum(e.get("seconds", {}).values()) > 0]
     if not panels:
