@@ -16,7 +16,7 @@ from timm_etf.errors import UsageError
 if TYPE_CHECKING:
     from timm.models._pretrained import PretrainedCfg
 
-NAMES = ("resnet10t_etf.icons400",)
+NAMES = ("resnet10t_etf.icons400", "resnet50_etf.icons400")
 """All of them; the first of a variant is what `pretrained=True` loads without a tag."""
 
 ORG = os.environ.get("TIMM_ETF_HUB_ORG") or "timm-etf"
