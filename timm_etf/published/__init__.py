@@ -39,8 +39,9 @@ def about(name: str) -> str:
         '21,163 images of icons-400, 399 classes, 40 pixels'
     """
     found = config(name)
-    data, size = found["etf"]["data"], found["pretrained_cfg"]["input_size"][-1]
-    return f"{data['images']:,} images of {data['name']}, {found['num_classes']} classes, {size} pixels"
+    data, size = found["etf"].get("data") or {}, found["pretrained_cfg"]["input_size"][-1]
+    images = f"{data['images']:,} images of {data['name']}, " if data.get("images") else ""
+    return f"{images}{found['num_classes']} classes, {size} pixels"
 
 
 def pretrained_cfgs(variant: str) -> "dict[str, PretrainedCfg]":
