@@ -81,8 +81,10 @@ def intervals() -> dict[str, dict[str, str]]:
 
 
 def said(page: Path) -> list[str]:
-    """The decimal numbers of a page, without those of code, links and papers."""
-    plain = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv [\d.]+", "", text(page), flags=re.DOTALL)
+    """The decimal numbers of a page, without those of code, links and papers, and of benchmarks that keep no file."""
+    sections = re.split(r"^(?=## )", text(page), flags=re.MULTILINE)
+    kept = [s for s in sections if "(`python tests/benchmarks/" not in s or "benchmarks/results/" in s]
+    plain = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv [\d.]+", "", "".join(kept), flags=re.DOTALL)
     return re.findall(r"(?<![\w.,])\d[\d,]*\.\d+(?![\w.]*\d)", plain)
 
 
