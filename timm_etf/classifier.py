@@ -229,7 +229,8 @@ def _sha256(rows: Tensor) -> str:
 def _tell_origin(model: nn.Module, name: str, head: Any, fixed: FixedClassifier) -> None:
     """Record and say whose classifier the frame is nearest to, and how near."""
     cfg: Any = getattr(model, "pretrained_cfg", {})
-    tagged = ".".join(part for part in (cfg.get("architecture"), cfg.get("tag")) if part)
+    names = (cfg.get("architecture", "").removesuffix("_etf"), cfg.get("tag"))  # a variant's weights are its base's
+    tagged = ".".join(filter(None, names))
     if looks_random(head.weight.flatten(1)):
         _logger.warning(
             f"The rows of {tagged}'s classifier {name!r} are spread as random ones are: the frame nearest to them "
