@@ -48,8 +48,8 @@ def test_the_demo_and_its_continuation(
     monkeypatch.setattr(demo, "SEEDS", (0, 1))
     monkeypatch.setattr(demo, "config", lambda *args, **kwargs: dataclasses.replace(recipe(*args, **kwargs), **less))
     out = tmp_path / "demo"
-    # As if it had been stopped once the images were drawn, six of each class.
-    shutil.copytree(embedded, out / "data", copy_function=os.link, ignore=lambda _, names: _images(names)[6:])
+    # As if it had been stopped once the images were drawn, four of each class.
+    shutil.copytree(embedded, out / "data", copy_function=os.link, ignore=lambda _, names: _images(names)[4:])
     results = demo.run(out, resume=True)
     written = json.loads((out / "results.json").read_text())
     assert {"schema": 1} | json.loads(json.dumps(results)) == written
@@ -70,7 +70,7 @@ def test_the_demo_and_its_continuation(
     exports = [out / f"{name}-{seed}" / "export" for name in demo.HEADS.values() for seed in (0, 1)]
     assert f"local-dir:{exports[2]}" in printed
     for folder, measured in zip(exports[2:], targets["mnist-5k"]["models"]["ETF"]["by_model"], strict=True):
-        assert f"| mnist-5k | 60 | {measured['accuracy']:.1f} [" in (folder / "README.md").read_text()
+        assert f"| mnist-5k | 40 | {measured['accuracy']:.1f} [" in (folder / "README.md").read_text()
 
     with pytest.raises(UsageError, match="continue that demo with --resume"):
         demo.run(out)

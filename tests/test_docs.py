@@ -96,10 +96,13 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 def known_to(page: Path) -> set[str]:
     """Every number of the result files that a page links to, as it may be written."""
-    known = {number for by_label in intervals().values() for cell in by_label.values() for number in cell.split("( ")}
-    known = {n for cell in known for n in re.findall(r"\d[\d.]*", cell)}
+    cells = [cell for by_label in intervals().values() for cell in by_label.values()]
+    known = {number for cell in cells for number in re.findall(r"\d[\d.]*", cell)}
+    known |= {f"{weights.stat().st_size / 1e6:.1f}" for weights in ROOT.glob("timm_etf/published/*/*.safetensors")}
     for path in re.findall(r"\]\(([^)#:]+\.(?:json|txt|md))\)", text(page)):
         file = (page.parent / path).resolve()
+        if file.name == "README.md" and (beside := file.with_name("results.json")).exists():
+            file = beside
         if file.suffix == ".json":
             for value in numbers_in(json.loads(file.read_text(encoding="utf-8"))):
                 known |= {f"{v:.{digits}f}" for v in (value, 100 * value) for digits in (1, 2, 3, 4)} | {f"{value:.3g}"}
@@ -206,13 +209,15 @@ def test_fine_tuning(page: Path) -> None:
 @pytest.mark.parametrize("name", published.NAMES)
 def test_published(name: str) -> None:
     card = json.loads((ROOT / "hub_cards" / name / "results.json").read_text(encoding="utf-8"))
+    twin = results("icons400").get(name.partition("_etf")[0])
+    top1 = f"{card['source']['top1']:.1f} %" + (f" ({twin['top1']:.1f} %)" if twin else "")
     for page in (README, ROOT / "docs" / "publishing.md"):
         (cells,) = rows(page, f"[{name}]")
         data = published.config(name)["etf"]["data"]
         assert cells[0].startswith(f"{data['images']:,} icons of {published.config(name)['num_classes']} names, ")
-        assert cells[1].startswith(f"{card['source']['top1']:.1f} % (")
+        assert cells[1] == top1
         megabytes = Path(published.__file__).with_name(name).joinpath("model.safetensors").stat().st_size / 1e6
-        assert float(cells[2].split()[0]) == pytest.approx(megabytes, abs=0.5)
+        assert cells[2].startswith(f"{megabytes:.1f} MB float16")
 
 
 # Links, commands and code

@@ -51,7 +51,7 @@ def test_the_card_is_made_of_the_files_beside_it(name: str) -> None:
 @pytest.mark.parametrize("name", published.NAMES)
 def test_weights_that_come_with_the_package_are_those_that_were_published(name: str) -> None:
     file = PACKAGE / "published" / name / "model.safetensors"
-    assert file.stat().st_size < (48e6 if name.startswith("resnet50_etf.") else 12e6)
+    assert file.stat().st_size < (51e6 if name.startswith("resnet50_etf.") else 12e6)
     assert file_sha256(file) == published.config(name)["etf"]["weights_sha256"]
 
 

@@ -28,3 +28,12 @@ done
 timm-etf transfer --models "learned=local-dir:$out/half/$base/export" "etf=local-dir:$out/half/${base}_etf/export" \
     --targets offline --protocols probe knn fewshot --data-root "$out/data" --seeds 1 --out "$out/compared-$base"
 python "$here/card.py" "$out/half/${base}_etf" "$out/compared-$base/results.json" "$out/${base}_etf.icons400"
+python - "$out/results.json" "$out/${base}_etf" "$out/$base" << 'PYTHON'
+import json, sys
+from pathlib import Path
+
+results, *runs = map(Path, sys.argv[1:])
+known = json.loads(results.read_text()) if results.exists() else {}
+known |= {run.name: json.loads((run / "results.json").read_text())["source"] for run in runs}
+results.write_text(json.dumps(known, indent=2) + "\n")
+PYTHON

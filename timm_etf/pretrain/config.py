@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -178,8 +179,8 @@ class PretrainConfig:
     """Divide weights, gradients and optimizer state among the processes (FSDP2), for models that no GPU holds alone."""
     sync_bn: bool = False
     """Compute BatchNorm's statistics over all processes; GPUs only."""
-    workers: int = 4
-    """Loader processes per training process."""
+    workers: int = min(4, os.cpu_count() or 1)
+    """Loader processes per training process; by default four, or as many as there are cores."""
     checkpoint_hist: int = 2
     """Checkpoints to keep, the newest; that of the epoch with the best top-1 is kept in any case."""
     checkpoint_steps: int | None = None

@@ -16,7 +16,7 @@ from timm_etf.errors import UsageError
 if TYPE_CHECKING:
     from timm.models._pretrained import PretrainedCfg
 
-NAMES = ("resnet10t_etf.icons400",)
+NAMES = ("resnet10t_etf.icons400", "resnet50_etf.icons400")
 """All of them; the first of a variant is what `pretrained=True` loads without a tag."""
 
 ORG = os.environ.get("TIMM_ETF_HUB_ORG") or "timm-etf"
@@ -39,8 +39,9 @@ def about(name: str) -> str:
         '21,163 images of icons-400, 399 classes, 40 pixels'
     """
     found = config(name)
-    data, size = found["etf"]["data"], found["pretrained_cfg"]["input_size"][-1]
-    return f"{data['images']:,} images of {data['name']}, {found['num_classes']} classes, {size} pixels"
+    data, size = found["etf"].get("data") or {}, found["pretrained_cfg"]["input_size"][-1]
+    images = f"{data['images']:,} images of {data['name']}, " if data.get("images") else ""
+    return f"{images}{found['num_classes']} classes, {size} pixels"
 
 
 def pretrained_cfgs(variant: str) -> "dict[str, PretrainedCfg]":
