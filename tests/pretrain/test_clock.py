@@ -45,9 +45,9 @@ def spent(waiting: float = 0, stepping: float = 0, validating: float = 0, saving
         (spent(0, 70, 0, 30), CUDA, {}, "--checkpoint-steps"),
         (spent(0, 50, 50), CPU, {}, "--val-split"),
         (spent(0, 50, 50), CPU, {"model_ema": True}, "--model-ema"),
-        (spent(0, 90, 10), CUDA, {}, "--channels-last or --amp bf16 or --compile"),
-        (spent(0, 90, 10), CUDA, {"amp": "bf16", "channels_last": True}, "--compile"),
-        (spent(0, 90, 10), CPU, {"channels_last": True}, ""),
+        (spent(0, 90, 10), CUDA, {}, "--amp bf16 or --compile"),
+        (spent(0, 90, 10), CUDA, {"amp": "bf16"}, "--compile"),
+        (spent(0, 90, 10), CPU, {}, ""),
         (spent(), CUDA, {}, "--compile"),
     ],
 )

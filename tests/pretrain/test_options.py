@@ -155,12 +155,29 @@ def test_what_the_model_and_the_optimizer_are_told(images: Path, tmp_path: Path)
     assert max(getattr(m, "drop_prob", 0) or 0 for m in net.modules()) == pytest.approx(0.3)
     assert {(g["betas"], g["eps"]) for g in run.step.optimizer.param_groups} == {((0.8, 0.9), 1e-5)}
     run.close()
-    net = setup(config(images, tmp_path / "run", channels_last=True)).plain_model
-    assert net.get_parameter("layer1.0.conv1.weight").is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "last"),
+    [
+        ("test_resnet_etf", {}, True),
+        ("test_resnet_etf", {"channels_last": False}, False),
+        ("test_vit_etf", {"img_size": 160}, False),
+        ("test_vit_etf", {"img_size": 160, "channels_last": True}, True),
+    ],
+)
+def test_convolutional_networks_are_kept_in_channels_last_order(
+    images: Path, tmp_path: Path, model: str, changes: dict[str, Any], last: bool
+) -> None:
+    run = setup(config(images, tmp_path / "run", model=model, **changes))
+    weight = next(p for p in run.plain_model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == last
+    assert (run.step.pixels.memory_format == torch.channels_last) == last
+    run.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"channels_last": True}, {"grad_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{"channels_last": False}, {"grad_checkpointing": True}])
 def test_what_changes_the_way_of_computing_does_not_change_the_result(
     images: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:

@@ -75,7 +75,7 @@ def advice(seconds: dict[str, float], config: PretrainConfig, device: torch.devi
         return "fewer checkpoints (--checkpoint-steps, --checkpoint-minutes)"
     if seconds["validating"] > 0.3 * total:
         return "a smaller --val-split" + (", or no --model-ema, which validates twice" if config.model_ema else "")
-    faster = {"--channels-last": config.channels_last}
-    if device.type == "cuda":
-        faster |= {"--amp bf16": config.amp in ("bf16", "fp16"), "--compile": config.compile}
+    if device.type != "cuda":
+        return ""
+    faster = {"--amp bf16": config.amp in ("bf16", "fp16"), "--compile": config.compile}
     return " or ".join(option for option, taken in faster.items() if not taken)

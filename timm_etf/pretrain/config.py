@@ -171,8 +171,9 @@ class PretrainConfig:
     """Seed of the weights, of the frame, of the order of the images and of their augmentation."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    channels_last: bool = False
-    """Keep images and weights in channels-last order, which convolutions prefer."""
+    channels_last: bool | None = None
+    """Keep images and weights in channels-last order, which convolutions prefer; by default for networks that are
+    mostly convolutions, on CPUs and under --amp."""
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     fsdp: bool = False

@@ -133,6 +133,9 @@ def setup(config: PretrainConfig) -> Run:
     set_seed(config.seed)
     model = _create_model(config, settings["frame_seed"], task.num_classes)
     _adapt(model, config)
+    channels_last = _channels_last(model, config, accelerator)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
     objective, mixup = Objective(config, model), data.mixup(config, task.num_classes)
     data_config = _data_config(config, model)
     with _blaming("--auto-augment and the other options of the images"):
@@ -171,7 +174,7 @@ def setup(config: PretrainConfig) -> Run:
         model = sharding.compiled(model, accelerator)
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
-    pixels = Pixels(data_config, accelerator.device, channels_last=config.channels_last, reprob=config.reprob)
+    pixels = Pixels(data_config, accelerator.device, channels_last=channels_last, reprob=config.reprob)
     step = Step(config, accelerator, model, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
@@ -247,8 +250,15 @@ def _adapt(model: nn.Module, config: PretrainConfig) -> None:
     if config.grad_checkpointing:
         with _blaming("--grad-checkpointing"):
             model.set_grad_checkpointing(True)  # type: ignore[operator]
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+
+
+def _channels_last(model: nn.Module, config: PretrainConfig, accelerator: Accelerator) -> bool:
+    """Whether convolutions are fast in that order there (tests/benchmarks/channels_last.py), and most of the layers."""
+    if config.channels_last is not None:
+        return config.channels_last
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in layers)
+    return 2 * convolutions > len(layers) and (accelerator.device.type == "cpu" or accelerator.mixed_precision != "no")
 
 
 def _arrange(model: nn.Module, config: PretrainConfig, accelerator: Accelerator) -> tuple[nn.Module, ModelEmaV3 | None]:
