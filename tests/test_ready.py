@@ -14,8 +14,10 @@ from tests.hub.conftest import Client
 from tests.hub.conftest import client as client
 from tests.hub.conftest import server as server
 from tests.hub.loopback import Hub
+from tests.pretrain.runs import config
 from timm_etf import UsageError, fix_classifier, frames, hub
 from timm_etf.classifier import classifier_names, fixed_classifiers
+from timm_etf.pretrain.loop import pretrain
 
 
 def trained(name: str, num_classes: int) -> nn.Module:
@@ -28,6 +30,10 @@ def trained(name: str, num_classes: int) -> nn.Module:
             groups = torch.randn(4, *weight.shape[1:])
             weight.copy_(0.1 * (torch.randn(weight.shape) + groups[torch.arange(num_classes) % 4]))
     return net.eval()
+
+
+def num_heads(net: nn.Module) -> int:
+    return len(list(fixed_classifiers(net)))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,10 @@ def test_the_nearest_frame_keeps_most_of_what_a_model_says(
         for factor in (0.99, 1.01):
             assert (centred - head.weight).norm() < (centred - factor * head.weight).norm()
     folder = hub.export(net, tmp_path / "export")
+    said_on_card = " ".join((folder / "README.md").read_text().split())
+    assert "that was trained under a learned classifier" in said_on_card
+    assert f"mean cosine of a row and its vector {head.origin['mean_cosine']})" in said_on_card or num_heads(net) > 1
+    assert "frozen from the first step" not in said_on_card
     again = timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
     for (_, ours), (_, theirs) in zip(fixed_classifiers(net), fixed_classifiers(again), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
@@ -65,6 +75,13 @@ def test_the_nearest_frame_keeps_most_of_what_a_model_says(
         plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
             assert torch.equal(plain(x), net(x))
+
+
+def test_a_run_has_nothing_to_be_near_to(images: Path, tmp_path: Path) -> None:
+    settings = {"model_kwargs": ("frame=nearest",)}
+    with pytest.raises(UsageError, match="a run starts with a fresh classifier"):
+        pretrain(config(images, tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_nearest_says_when_there_is_nothing_to_be_near_to(caplog: pytest.LogCaptureFixture) -> None:
