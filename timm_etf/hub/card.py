@@ -67,7 +67,7 @@ def card(
     transfer = results.get("transfer", [])
     evaluations = _evaluations(results)
     recipe = (etf or {}).get("recipe", {})
-    origin = next(iter(((etf or {}).get("origin") or {}).values()), {})
+    origin: dict[str, Any] = next(iter(((etf or {}).get("origin") or {}).values()), {})
     reader, _, dataset = str(recipe.get("dataset", "")).partition("/")
     data = ModelCardData(
         library_name="timm",
