@@ -103,9 +103,9 @@ def fix_classifier(
                 new[name] = _learned(head, logit_scale or 1.0, **shared)
     else:
         for name, head in _plain_heads(model):
-            new[name] = _fixed(head, frame, seed, logit_scale, learn_scale=learn_scale, **shared)
-            if new[name].origin:
-                _tell_origin(model, name, head, new[name])
+            new[name] = fixed = _fixed(head, frame, seed, logit_scale, learn_scale=learn_scale, **shared)
+            if fixed.origin:
+                _tell_origin(model, name, head, fixed.origin)
     return _set_classifiers(model, new)
 
 
@@ -226,7 +226,7 @@ def _sha256(rows: Tensor) -> str:
     return hashlib.sha256(rows.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _tell_origin(model: nn.Module, name: str, head: Any, fixed: FixedClassifier) -> None:
+def _tell_origin(model: nn.Module, name: str, head: Any, origin: dict[str, Any]) -> None:
     """Record and say whose classifier the frame is nearest to, and how near."""
     cfg: Any = getattr(model, "pretrained_cfg", {})
     names = (cfg.get("architecture", "").removesuffix("_etf"), cfg.get("tag"))  # a variant's weights are its base's
@@ -237,10 +237,8 @@ def _tell_origin(model: nn.Module, name: str, head: Any, fixed: FixedClassifier)
             "means no more than any other. Load trained weights first (pretrained=True)."
         )
         tagged = ""
-    fixed.origin = {"from": tagged or None, **fixed.origin}
-    _logger.info(
-        f"{name}: {fixed.frame} nearest to {tagged or 'random rows'}: mean cosine {fixed.origin['mean_cosine']}"
-    )
+    origin["from"] = tagged or None
+    _logger.info(f"{name}: frame nearest to {tagged or 'random rows'}: mean cosine {origin['mean_cosine']}")
 
 
 def _learned(head: Any, scale: float, projector: Projector | None, *, feature_norm: bool) -> LearnedClassifier:
