@@ -1,5 +1,6 @@
 """Putting a fixed classifier into a timm model, and taking it out again."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_etf import frames
 from timm_etf.errors import UsageError
+from timm_etf.frames.nearest import least_squares_scale, looks_random, mean_cosine
 from timm_etf.heads import FixedClassifier, Head, LearnedClassifier, Projector, plain_layer, projected_width
 
 __all__ = [
@@ -50,7 +52,7 @@ def fix_classifier(
     frame: str | Tensor = "auto",
     seed: int = 0,
     *,
-    logit_scale: float = 1.0,
+    logit_scale: float | None = None,
     feature_norm: bool = False,
     learn_scale: bool = False,
     projector: Projector | None = None,
@@ -64,10 +66,13 @@ def fix_classifier(
         model: A model made by `timm.create_model` with `num_classes` >= 2; changed in place.
         frame: `"auto"`, a name in `timm_etf.frames.FRAMES`, or `"learned"` for the control: a trained classifier with
             the same scale, normalisation and projector (with none of these a plain layer stays as it is). It starts
-            from the weight that is there, or from the unit directions of a frame. Or a simplex ETF of your own,
-            [K, d], such as `timm_etf.frames.nearest_simplex(class_means)`.
+            from the weight that is there, or from the unit directions of a frame. `"nearest"`, around weights that
+            are there: the frame closest to each classifier's own rows, `timm_etf.frames.nearest`, which changes what
+            the model says least. Or a simplex ETF of your own, [K, d], such as
+            `timm_etf.frames.nearest_simplex(class_means)`.
         seed: Seed of the frame's random rotation.
-        logit_scale: Factor s > 0 of the logits, folded into the weight.
+        logit_scale: Factor s > 0 of the logits, folded into the weight; by default 1, and for `"nearest"` what fits
+            the rows best by least squares.
         feature_norm: Divide the features by their norm, so that the logits are s times cosines. This cannot be folded:
             plain timm then ranks the classes alike, with other confidences.
         learn_scale: Learn a further factor of the logits, from 1 on; exports fold it into the weight.
@@ -94,11 +99,13 @@ def fix_classifier(
         if learn_scale:
             raise UsageError("A learned classifier learns its scale by itself: leave out learn_scale.")
         for name, head in _plain_heads(model):
-            if feature_norm or projector or logit_scale != 1 or isinstance(head, Head):
-                new[name] = _learned(head, logit_scale, **shared)
+            if feature_norm or projector or logit_scale not in (None, 1) or isinstance(head, Head):
+                new[name] = _learned(head, logit_scale or 1.0, **shared)
     else:
         for name, head in _plain_heads(model):
-            new[name] = _fixed(head, frame, seed, logit_scale, learn_scale=learn_scale, **shared)
+            new[name] = fixed = _fixed(head, frame, seed, logit_scale, learn_scale=learn_scale, **shared)
+            if fixed.origin:
+                _tell_origin(model, name, head, fixed.origin)
     return _set_classifiers(model, new)
 
 
@@ -138,7 +145,8 @@ def restore(
     scale = etf["logit_scale"] if logit_scale is None else logit_scale
     if not weights_loaded:
         seed = 0 if seed is None else seed  # a frame of unknown rotation is as good under any other
-        return fix_classifier(model, etf["frame"], seed, logit_scale=scale, feature_norm=norm, learn_scale=learn_scale)
+        frame = "auto" if etf["frame"] == "nearest" else etf["frame"]
+        return fix_classifier(model, frame, seed, logit_scale=scale, feature_norm=norm, learn_scale=learn_scale)
     _check_options(0, scale, norm, learn_scale, None)
     new: dict[str, FixedClassifier | LearnedClassifier] = {}
     for name, head in _plain_heads(model):
@@ -158,6 +166,7 @@ def restore(
             scale=scale,
             feature_norm=norm,
             learn_scale=learn_scale,
+            origin=(etf.get("origin") or {}).get(name),
         )
     return _set_classifiers(model, new)
 
@@ -165,7 +174,7 @@ def restore(
 def _check_options(seed: Any, logit_scale: Any, feature_norm: Any, learn_scale: Any, projector: Any) -> None:
     if not hasattr(seed, "__index__") or isinstance(seed, bool):
         raise UsageError(f"The seed of a frame is a whole number, got {seed!r}.")
-    if not (isinstance(logit_scale, int | float) and 0 < logit_scale < math.inf):
+    if not (logit_scale is None or (isinstance(logit_scale, int | float) and 0 < logit_scale < math.inf)):
         raise UsageError(f"logit_scale must be a positive number, got {logit_scale!r}.")
     for option, value in (("feature_norm", feature_norm), ("learn_scale", learn_scale)):
         if not isinstance(value, bool):
@@ -175,28 +184,61 @@ def _check_options(seed: Any, logit_scale: Any, feature_norm: Any, learn_scale: 
 
 
 def _fixed(
-    head: Any, frame: str | Tensor, seed: int, scale: float, projector: Projector | None, **options: Any
+    head: Any, frame: str | Tensor, seed: int, scale: float | None, projector: Projector | None, **options: Any
 ) -> FixedClassifier:
     """Fixed classifier for the place of `head`, on its device and of its dtype."""
     dim, shape = _shape(head, projector)
-    if isinstance(frame, Tensor):
+    drawn, origin = True, None
+    if isinstance(frame, str) and frame == "nearest":
+        if projector is not None:
+            raise UsageError("A projector's output is new, so there is no frame nearest to it: leave out one of them.")
+        kind, drawn = "simplex" if shape[0] <= shape[1] + 1 else "nearest", False
+        if head.weight.is_meta:
+            w_KD = head.weight.new_empty(shape)
+        else:
+            rows = head.weight.detach().flatten(1)
+            w_KD = frames.nearest(rows)
+            scale = least_squares_scale(rows, w_KD) if scale is None else scale
+            origin = {"mean_cosine": round(mean_cosine(rows, w_KD), 4), "rows_sha256": _sha256(rows)}
+    elif isinstance(frame, Tensor):
         if frame.shape != shape[:2] or not frames.is_simplex(frame):
             raise UsageError(f"A frame of your own must be a simplex ETF of shape {list(shape[:2])}.")
-        kind, w_KD = "simplex", torch.nn.functional.normalize(frame.double(), dim=1)
+        kind, w_KD, drawn = "simplex", torch.nn.functional.normalize(frame.double(), dim=1), False
     else:
         kind = frames.resolve(frame, *shape[:2])
         # On the meta device shapes are all that is wanted: nothing is computed.
         w_KD = head.weight.new_empty(shape) if head.weight.is_meta else frames.make(kind, *shape[:2], seed=seed)
+    scale = 1.0 if scale is None else scale
     return FixedClassifier(
         (w_KD * scale).to(device=head.weight.device, dtype=head.weight.dtype).reshape(shape),
         bias=head.bias is not None,
         frame=kind,
-        seed=None if isinstance(frame, Tensor) else int(seed),
+        seed=int(seed) if drawn else None,
         scale=scale,
         projector=projector,
         in_features=dim,
+        origin=origin,
         **options,
     )
+
+
+def _sha256(rows: Tensor) -> str:
+    return hashlib.sha256(rows.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _tell_origin(model: nn.Module, name: str, head: Any, origin: dict[str, Any]) -> None:
+    """Record and say whose classifier the frame is nearest to, and how near."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    names = (cfg.get("architecture", "").removesuffix("_etf"), cfg.get("tag"))  # a variant's weights are its base's
+    tagged = ".".join(filter(None, names))
+    if looks_random(head.weight.flatten(1)):
+        _logger.warning(
+            f"The rows of {tagged}'s classifier {name!r} are spread as random ones are: the frame nearest to them "
+            "means no more than any other. Load trained weights first (pretrained=True)."
+        )
+        tagged = ""
+    origin["from"] = tagged or None
+    _logger.info(f"{name}: frame nearest to {tagged or 'random rows'}: mean cosine {origin['mean_cosine']}")
 
 
 def _learned(head: Any, scale: float, projector: Projector | None, *, feature_norm: bool) -> LearnedClassifier:

@@ -21,21 +21,38 @@ VERBS = {
     "random-features": "regression on random features of a model's features, beside its theory",
     "data": "build images for machines that have none",
     "publish": "publish a run on the Hugging Face Hub",
+    "run": "run timm's train.py or any script, with the variants registered",
 }
 
 
 def main() -> None:
     """Entry point of the `timm-etf` command."""
+    if sys.argv[1:2] == ["run"]:
+        run_script(sys.argv[2:])
+        return
     with one_line_errors():
         verb = next(iter(sys.argv[1:]), "")
         if verb.startswith("--tyro-"):  # completion, of the verbs and of the options of each
-            tyro.extras.subcommand_cli_from_dict({v: _settings(v) for v in VERBS}, prog="timm-etf", description=_ABOUT)
+            settings = {v: _settings(v) for v in VERBS if v != "run"}
+            tyro.extras.subcommand_cli_from_dict(settings, prog="timm-etf", description=_ABOUT)
         if verb not in VERBS:
             _show_verbs(verb)
         settings = tyro.cli(_settings(verb), prog=f"timm-etf {verb}", args=_arguments(verb))
         printed = settings if isinstance(settings, str) else _run(verb, settings)
         if printed and is_first_process():
             print(printed)
+
+
+def run_script(arguments: list[str]) -> None:
+    """The verb `run`: everything behind it is the script's."""
+    from timm_etf.run import USAGE, prepare
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if arguments else sys.stderr)
+        sys.exit(0 if arguments else 2)
+    with one_line_errors():
+        start = prepare(arguments)
+    start()  # and its errors are its own
 
 
 _ABOUT = "Image backbones pretrained under a fixed classifier."

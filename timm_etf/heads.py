@@ -86,6 +86,8 @@ class FixedClassifier(Head):
         projector: `"linear"` or `"mlp"` (Linear 2048, BatchNorm, GELU, Linear): trained with the backbone and
             discarded at export.
         in_features: Width of the features; needed with a projector alone, whose output has the weight's width.
+        origin: Of a frame fitted to a classifier that was there: `from`, `mean_cosine` with its rows, and their
+            `rows_sha256`; for the record.
 
     Shape:
         - Input: [*, d] for a matrix weight ([B, d] with an MLP projector), [B, d, H, W] for a convolutional one.
@@ -109,10 +111,11 @@ class FixedClassifier(Head):
         learn_scale: bool = False,
         projector: Projector | None = None,
         in_features: int | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
         self.frame = frame
-        self.seed = seed
+        self.seed, self.origin = seed, origin
         if scale is None:
             scale = 1.0 if weight.is_meta else weight[0].double().norm().item()
         self._made_scale = scale

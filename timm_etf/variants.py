@@ -71,9 +71,14 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        cfg, overlay, exported = _find_weights(
-            name, pretrained, pretrained_cfg, pretrained_cfg_overlay or {}, kwargs.get("cache_dir")
-        )
+        overlay = pretrained_cfg_overlay or {}
+        ready = fix and not whiten and _is_the_bases(name, pretrained_cfg)
+        cfg: Any = pretrained_cfg
+        exported: dict[str, Any] = {}
+        if ready:
+            overlay = {"architecture": name, **overlay}
+        else:
+            cfg, overlay, exported = _find_weights(name, pretrained, cfg, overlay, kwargs.get("cache_dir"))
         kwargs = {**exported.get("model_args", {}), **kwargs}
         head_args = {k: kwargs.pop(k) for k in HEAD_ARGS if k in kwargs} if fix else {}
         sw_args = kwargs.pop("sw_kwargs", None) or {} if whiten else {}
@@ -86,7 +91,10 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
         if not cfg:
             model.pretrained_cfg.pop("tag", None)
         if fix and not kwargs.get("features_only") and getattr(model, "num_classes", 0) != 0:
-            _fix(model, pretrained, exported.get("etf"), **head_args)
+            if ready and pretrained:
+                _fix_ready(model, **head_args)
+            else:
+                _fix(model, pretrained, exported.get("etf"), **head_args)
         return model
 
     variant.__name__ = variant.__qualname__ = name
@@ -98,6 +106,33 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
     original = base_name(name).removesuffix(SW_SUFFIX) if whiten else base_name(name)
     variant.__doc__ = f"timm's `{original}` with {what}. Takes {' and '.join(takes)}."
     return variant
+
+
+def _is_the_bases(name: str, tag: object) -> bool:
+    """Whether a tag is none of the variant's own published ones, but one of timm's for its base: `resnet50.TAG`."""
+    if not isinstance(tag, str) or tag in default_cfgs[name].cfgs:
+        return False
+    base = base_name(name)
+    return tag in sys.modules[model_entrypoint(base).__module__].default_cfgs[base].cfgs
+
+
+def _fix_ready(model: nn.Module, frame: str = "auto", **options: Any) -> None:
+    """Fix the classifiers of a backbone that was trained under learned ones; the nearest frame unless another is named.
+
+    With another number of classes than the weights have, their classifier is gone, and nothing is near to it.
+    """
+    cfg: Any = model.pretrained_cfg
+    known = getattr(model, "num_classes", 0) == cfg["num_classes"]
+    frame = "nearest" if known and frame == "auto" and not options.get("projector") else frame
+    _fix(model, pretrained=False, etf=None, frame=frame, **options)
+    if is_first_process():
+        origins = [head.origin["mean_cosine"] for _, head in fixed_classifiers(model) if head.origin]
+        near = f", the nearest to it: mean cosine {' and '.join(map(str, origins))}" if origins else ""
+        kind = next(head.frame for _, head in fixed_classifiers(model))
+        _logger.warning(
+            f"{cfg['architecture']}.{cfg['tag']}: the backbone was trained under a learned classifier; in its place is "
+            f"a fixed frame now ({kind}{near})."
+        )
 
 
 def _find_weights(

@@ -9,7 +9,7 @@
 `gaussian`, `orthonormal`, `hadamard`, `cube` and `uniform_qr` are controls: what else has been tried as a fixed
 classifier. Every frame is drawn in float64 from a generator of its own, so that the same arguments give the same
 vectors in every process (to rounding, if the number of threads differs), and torch's global random state is never
-touched.
+touched. `nearest` is the frame closest to a classifier that is there.
 
 Shape suffixes: `w_KD` is a frame with K vectors of d dimensions, `u_DM` has M orthonormal columns.
 """
@@ -23,6 +23,7 @@ from timm_etf.frames.bounds import bound, coherence, levenshtein_bound, rankin_b
 from timm_etf.frames.codes import spherical_code
 from timm_etf.frames.controls import cube, gaussian, hadamard, orthonormal, uniform_qr
 from timm_etf.frames.exact import is_simplex, nearest_simplex, orthoplex, simplex
+from timm_etf.frames.nearest import nearest
 
 __all__ = [
     "FRAMES",
@@ -35,6 +36,7 @@ __all__ = [
     "levenshtein_bound",
     "make",
     "matches",
+    "nearest",
     "nearest_simplex",
     "orthonormal",
     "orthoplex",

@@ -67,13 +67,14 @@ def card(
     transfer = results.get("transfer", [])
     evaluations = _evaluations(results)
     recipe = (etf or {}).get("recipe", {})
+    origin: dict[str, Any] = next(iter(((etf or {}).get("origin") or {}).values()), {})
     reader, _, dataset = str(recipe.get("dataset", "")).partition("/")
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
         license=license,
         datasets=[dataset] if reader in ("hfds", "hfids") else None,
-        base_model=_base_model(recipe.get("init")),
+        base_model=_base_model(recipe.get("init") or origin.get("from")),
         model_name=name,
         eval_results=evaluations or None,
         tags=["image-classification", "timm", *(["etf", "fixed-classifier", "neural-collapse"] if etf else [])],
@@ -89,6 +90,7 @@ def card(
             config=config,
             etf=etf,
             recipe=recipe,
+            origin=origin,
             frame=_FRAMES.get(etf["frame"], f"the frame `{etf['frame']}`") if etf else None,
             whitened="_sw" in config["architecture"],
             source=results.get("source"),

@@ -151,6 +151,7 @@ def _etf_block(
         "logit_scale": first.scale,
         "feature_norm": first.feature_norm,
         "projector": first.projector_kind,
+        "origin": {name: head.origin for name, head in fixed.items() if head.origin} or None,
         "weights_sha256": sha256,
         "data": {"name": source.get("data"), "images": source.get("train_images")},
         "recipe": recipe or {},

@@ -209,7 +209,7 @@ def _check_block(etf: Any, name: str) -> None:
             f"The etf block in the config.json of {name} is damaged (see {wrong[0]!r}): download or export the model "
             "again, or use timm.create_model to load it without its fixed classifier."
         )
-    if etf["frame"] not in frames.FRAMES:
+    if etf["frame"] not in (*frames.FRAMES, "nearest"):
         raise UsageError(
             f"{name} has a classifier of frame {etf['frame']!r}, which this version does not know: pip install "
             "--upgrade timm_etf, or use timm.create_model to load it without its fixed classifier."

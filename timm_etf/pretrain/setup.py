@@ -233,6 +233,11 @@ def _blaming(options: str) -> Iterator[None]:
 def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int) -> nn.Module:
     kwargs = config.parsed_model_kwargs
     name = config.architecture
+    if kwargs.get("frame") == "nearest":
+        raise UsageError(
+            "--model-kwargs frame=nearest: a run starts with a fresh classifier, to which no frame is near. It is for "
+            "weights that are there: timm_etf.fix_classifier(model, frame='nearest'), or NAME_etf.TAG."
+        )
     if name != base_name(name):
         kwargs["frame_seed"] = frame_seed
     try:
