@@ -44,7 +44,7 @@ def test_the_card_is_made_of_the_files_beside_it(name: str) -> None:
     assert {"results.png", "log.jsonl", "DATA_LICENSES.md"} <= beside
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     assert f"{last['top1']:.2f}" in shown
-    assert results["transfer"][0]["protocols"]["probe"]["mean"]
+    assert results["transfer"][0]["protocols"]["knn"]["mean"]
     assert results["transfer"][0]["weights_sha256"] == config["etf"]["weights_sha256"]
 
 
