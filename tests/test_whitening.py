@@ -182,6 +182,7 @@ def test_placement_is_the_authors(name: str, layers: int) -> None:
     assert all(n.endswith(".bn2") and int(n.split(".")[1]) % 2 == 1 and n[:6] != "layer4" for n in found[1:])
 
 
+@pytest.mark.slow
 def test_every_sw_variant_builds_and_steps() -> None:
     names = timm.list_models("*_sw")
     assert len(names) == len(timm.list_models("*_sw_etf")) > 70

@@ -273,6 +273,7 @@ def _draw_transfer(axis: Any, report: Report) -> None:
         axis.annotate(text, (1.0, y + 0.27), xycoords=("axes fraction", "data"), ha="right", fontsize=8.5)
         names.append(f"{target.name}\n{len(set(report.results[0, target.name, 'probe', 0].y.tolist()))} classes")
     axis.set_yticks(range(len(names))[::-1], names)
-    axis.set(ylim=(-0.6, len(names) - 0.4), xlabel="accuracy (%), 95 % over test images; ticks: the trainings")
+    axis.set(ylim=(-0.6, len(names) - 0.4))
+    axis.set_xlabel("accuracy (%), 95 % over test images; ticks: trainings", fontsize=9)
     axis.set_title("Transfer: linear probe of the frozen features")
     axis.grid(axis="x", alpha=0.3)
