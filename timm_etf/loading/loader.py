@@ -1,6 +1,5 @@
 """Processes that load batches, and what is left of an image for the device."""
 
-import gc
 import signal
 import sys
 from collections.abc import Iterator
@@ -43,8 +42,6 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         self._batches = None  # ends the processes of a stream's last epoch, before others take their place
-        if self.num_workers:
-            gc.freeze()  # a garbage collection, which writes to every object it visits, would unshare their memory
         with _signals_wait():
             self._batches = super().__iter__()
         return self._batches
@@ -59,7 +56,6 @@ class Loader(DataLoader[Any]):
             for process in self._batches._workers:  # one that hangs, such as in a read from a network disk
                 process.kill()
                 process.join()
-            gc.unfreeze()
 
 
 @contextmanager
