@@ -208,6 +208,14 @@ def test_fine_tuning(page: Path) -> None:
         assert cells == [f"{np.mean(r):.1f} % ({', '.join(f'{a:.1f}' for a in r)})" for r in runs]
 
 
+@pytest.mark.parametrize("output", (ROOT / "tests" / "benchmarks" / "results").glob("*.txt"), ids=name_of)
+def test_benchmarks_are_what_their_commands_printed(output: Path) -> None:
+    page = text(ROOT / "docs" / "benchmarks.md")
+    command, *lines = output.read_text(encoding="utf-8").splitlines()
+    assert f"`{command.removeprefix('$ ')}`" in " ".join(page.split())
+    assert "\n".join(line for line in lines if line.startswith("|")) in page
+
+
 @pytest.mark.parametrize("name", published.NAMES)
 def test_published(name: str) -> None:
     card = json.loads((ROOT / "hub_cards" / name / "results.json").read_text(encoding="utf-8"))
