@@ -208,7 +208,7 @@ def test_fine_tuning(page: Path) -> None:
         assert cells == [f"{np.mean(r):.1f} % ({', '.join(f'{a:.1f}' for a in r)})" for r in runs]
 
 
-@pytest.mark.parametrize("output", (ROOT / "tests" / "benchmarks" / "results").glob("*.txt"), ids=name_of)
+@pytest.mark.parametrize("output", sorted((ROOT / "tests" / "benchmarks" / "results").glob("*.txt")), ids=name_of)
 def test_benchmarks_are_what_their_commands_printed(output: Path) -> None:
     page = text(ROOT / "docs" / "benchmarks.md")
     command, *lines = output.read_text(encoding="utf-8").splitlines()

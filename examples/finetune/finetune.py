@@ -119,7 +119,8 @@ def main() -> None:
             means.append(statistics.mean(a for a, _ in runs))
             each = ", ".join(f"{a:.1f}" for a, _ in runs)
             rates = ", ".join(f"{lr:g}" for _, lr in runs)
-            found.setdefault(root.name, {})[how] = {"accuracy": [a for a, _ in runs], "lr": [lr for _, lr in runs]}
+            measured = {"mean": means[-1], "accuracy": [a for a, _ in runs], "lr": [lr for _, lr in runs]}
+            found.setdefault(root.name, {})[how] = measured
             print(f"{root.name:<16}{how:<28}{means[-1]:6.1f}  ({each}; {rates})")
         print(f"{root.name:<16}{'difference':<28}{means[0] - means[1]:+6.1f}")
     if arguments.out:
