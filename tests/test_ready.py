@@ -53,7 +53,7 @@ def test_the_nearest_frame_keeps_most_of_what_a_model_says(
     for n, head in fixed_classifiers(net):
         assert (head.frame, head.seed) == (kind, None)
         assert set(head.origin) == {"from", "mean_cosine", "rows_sha256"}
-        assert head.origin["from"].startswith(f"{name}.") or head.origin["from"] == name
+        assert head.origin["from"] is None  # a configuration's tag does not say whose weights a model holds
         assert f"mean cosine {head.origin['mean_cosine']}" in caplog.text
         kept = ((features @ head.weight.T).argmax(1) == said[n]).float().mean()
         other = frames.make("auto", num_classes, head.in_features, seed=1).float()
@@ -75,6 +75,14 @@ def test_the_nearest_frame_keeps_most_of_what_a_model_says(
         plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
             assert torch.equal(plain(x), net(x))
+
+
+def test_another_frame_that_is_loaded_has_another_origin() -> None:
+    net = fix_classifier(trained("test_resnet", 20), frame="nearest")
+    net.load_state_dict({**net.state_dict(), "fc.weight": net.fc.weight.clone()})
+    assert net.fc.origin
+    net.load_state_dict({**net.state_dict(), "fc.weight": frames.simplex(20, 96, seed=5).float()})
+    assert net.fc.origin is None
 
 
 def test_a_run_has_nothing_to_be_near_to(images: Path, tmp_path: Path) -> None:

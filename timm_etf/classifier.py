@@ -199,7 +199,7 @@ def _fixed(
             rows = head.weight.detach().flatten(1)
             w_KD = frames.nearest(rows)
             scale = least_squares_scale(rows, w_KD) if scale is None else scale
-            origin = {"mean_cosine": round(mean_cosine(rows, w_KD), 4), "rows_sha256": _sha256(rows)}
+            origin = {"from": None, "mean_cosine": round(mean_cosine(rows, w_KD), 4), "rows_sha256": _sha256(rows)}
     elif isinstance(frame, Tensor):
         if frame.shape != shape[:2] or not frames.is_simplex(frame):
             raise UsageError(f"A frame of your own must be a simplex ETF of shape {list(shape[:2])}.")
@@ -227,18 +227,17 @@ def _sha256(rows: Tensor) -> str:
 
 
 def _tell_origin(model: nn.Module, name: str, head: Any, origin: dict[str, Any]) -> None:
-    """Record and say whose classifier the frame is nearest to, and how near."""
-    cfg: Any = getattr(model, "pretrained_cfg", {})
-    names = (cfg.get("architecture", "").removesuffix("_etf"), cfg.get("tag"))  # a variant's weights are its base's
-    tagged = ".".join(filter(None, names))
+    """Say how near the frame came.
+
+    Whose classifier it was is recorded where it is known, by who loaded it: a model's `pretrained_cfg` has a tag even
+    where its weights were never loaded.
+    """
     if looks_random(head.weight.flatten(1)):
         _logger.warning(
-            f"The rows of {tagged}'s classifier {name!r} are spread as random ones are: the frame nearest to them "
-            "means no more than any other. Load trained weights first (pretrained=True)."
+            f"The rows of {type(model).__name__}'s classifier {name!r} are spread as random ones are: the frame nearest "
+            "to them means no more than any other. Load trained weights first (pretrained=True)."
         )
-        tagged = ""
-    origin["from"] = tagged or None
-    _logger.info(f"{name}: frame nearest to {tagged or 'random rows'}: mean cosine {origin['mean_cosine']}")
+    _logger.info(f"{name}: frame nearest to the rows that were there: mean cosine {origin['mean_cosine']}")
 
 
 def _learned(head: Any, scale: float, projector: Projector | None, *, feature_norm: bool) -> LearnedClassifier:

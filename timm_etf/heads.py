@@ -215,7 +215,7 @@ class FixedClassifier(Head):
             return False
         stored, own = (F.normalize(w.float(), dim=1) for w in (weight, self.weight.to(weight.device)))
         if not torch.allclose(stored, own, rtol=1e-2, atol=1e-3):
-            self.seed = None  # another rotation than this seed's
+            self.seed = self.origin = None  # another rotation than this seed's, or than the one that was fitted
         self.weight.copy_(weight)
         return True
 

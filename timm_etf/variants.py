@@ -125,6 +125,9 @@ def _fix_ready(model: nn.Module, frame: str = "auto", **options: Any) -> None:
     known = getattr(model, "num_classes", 0) == cfg["num_classes"]
     frame = "nearest" if known and frame == "auto" and not options.get("projector") else frame
     _fix(model, pretrained=False, etf=None, frame=frame, **options)
+    for _, head in fixed_classifiers(model):
+        if head.origin:
+            head.origin["from"] = f"{base_name(cfg['architecture'])}.{cfg['tag']}"
     if is_first_process():
         origins = [head.origin["mean_cosine"] for _, head in fixed_classifiers(model) if head.origin]
         near = f", the nearest to it: mean cosine {' and '.join(map(str, origins))}" if origins else ""
@@ -204,7 +207,7 @@ def _fix(
         weight = loaded.get(f"{name}.weight")
         if weight is None:
             continue
-        if "logit_scale" in options:
+        if options.get("logit_scale") is not None:
             weight = weight * (options["logit_scale"] / weight[0].double().norm())
         fixed.adopt(weight, loaded.get(f"{name}.bias"))
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A published checkpoint of the icons, VARIANT.icons400, and everything on its card: resnet10t_etf takes half an hour on
-# 2 CPU cores, resnet50_etf an hour and a half.
+# 2 CPU cores, resnet50_etf two hours.
 #
 #     examples/icons400/run.sh OUT [resnet10t|resnet50]   # needs the extra [offline], npm and apt; continues where it was stopped
 #
@@ -14,7 +14,7 @@ case $base in
         recipe=(--epochs 10 --lr 0.2)
         compared=(--targets offline --protocols probe knn fewshot)
         ;;
-    resnet50) # without fashion-mnist's 70,000 images and the probe's 45 strengths on 2,048 features, which take hours here
+    resnet50) # without fashion-mnist's 70,000 images and the probe of 2,048 features, which take too long on two cores
         recipe=(--epochs 6 --lr 0.1)
         compared=(--targets icons-novel kanji armenian emoji-subcategory emoji-identity animal-mnist mnist-5k hiragana)
         compared+=(--protocols knn fewshot)
