@@ -234,8 +234,8 @@ def _tell_origin(model: nn.Module, name: str, head: Any, origin: dict[str, Any])
     """
     if looks_random(head.weight.flatten(1)):
         _logger.warning(
-            f"The rows of {type(model).__name__}'s classifier {name!r} are spread as random ones are: the frame nearest "
-            "to them means no more than any other. Load trained weights first (pretrained=True)."
+            f"The rows of {type(model).__name__}'s classifier {name!r} are spread as random ones are: the frame "
+            "nearest to them means no more than any other. Load trained weights first (pretrained=True)."
         )
     _logger.info(f"{name}: frame nearest to the rows that were there: mean cosine {origin['mean_cosine']}")
 
