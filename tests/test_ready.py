@@ -87,7 +87,7 @@ def test_another_frame_that_is_loaded_has_another_origin() -> None:
 
 def test_a_run_has_nothing_to_be_near_to(images: Path, tmp_path: Path) -> None:
     settings = {"model_kwargs": ("frame=nearest",)}
-    with pytest.raises(UsageError, match="a run starts with a fresh classifier"):
+    with pytest.raises(UsageError, match="use --init with --keep-classifier"):
         pretrain(config(images, tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
 

@@ -16,6 +16,7 @@ VERBS = {
     "demo": "the demo: pretrain a small backbone twice, with a learned and a fixed head, and probe both",
     "models": "what fits: width, frame, coherence and its bound, and what a fixed classifier saves",
     "pretrain": "pretrain a timm architecture with a fixed or a learned classifier",
+    "convert": "put a ready checkpoint under the fixed frame nearest to its classifier",
     "transfer": "tell whether one backbone transfers better than another",
     "geometry": "how collapsed features are, and their class covariance",
     "random-features": "regression on random features of a model's features, beside its theory",
@@ -88,7 +89,7 @@ def _settings(verb: str) -> Any:
         from timm_etf.pretrain.config import PretrainConfig
 
         return PretrainConfig
-    if verb == "transfer" or verb in _STUDIES:
+    if verb in ("convert", "transfer", *_STUDIES):
         return _module(verb).Settings
     return {"demo": demo, "models": models, "data": data, "publish": publish}[verb]
 
@@ -97,7 +98,7 @@ _STUDIES = ("geometry", "random-features")
 
 
 def _module(verb: str) -> Any:
-    room = f"studies.{verb.replace('-', '_')}" if verb in _STUDIES else "transfer.run"
+    room = {"convert": "convert", "transfer": "transfer.run"}.get(verb, f"studies.{verb.replace('-', '_')}")
     return importlib.import_module(f"timm_etf.{room}")
 
 
@@ -108,6 +109,8 @@ def _run(verb: str, settings: Any) -> str:
 
         return summary(settings, pretrain(settings))
     module = _module(verb)
+    if verb == "convert":
+        return module.run(settings)
     return module.summary(module.run(settings), settings.out)
 
 

@@ -127,7 +127,7 @@ def _fix_ready(model: nn.Module, frame: str = "auto", **options: Any) -> None:
     _fix(model, pretrained=False, etf=None, frame=frame, **options)
     for _, head in fixed_classifiers(model):
         if head.origin:
-            head.origin["from"] = f"{base_name(cfg['architecture'])}.{cfg['tag']}"
+            head.origin |= {"from": f"{base_name(cfg['architecture'])}.{cfg['tag']}", "license": cfg.get("license")}
     if is_first_process():
         origins = [head.origin["mean_cosine"] for _, head in fixed_classifiers(model) if head.origin]
         near = f", the nearest to it: mean cosine {' and '.join(map(str, origins))}" if origins else ""

@@ -69,8 +69,8 @@ def test_a_colour_backbone_serves_grey_images(images: Path, ready: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"init": "no_such_model"}, r"Cannot start from no_such_model \(.*\): check --init"),
-        ({"init": "local-dir:nowhere"}, r"Cannot start from local-dir:nowhere \(.*\): check --init"),
+        ({"init": "no_such_model"}, r"Cannot start from no_such_model \(.*\): check its name"),
+        ({"init": "local-dir:nowhere"}, r"Cannot start from local-dir:nowhere \(.*\): check its name"),
         ({"init": "x", "pretrained": True}, "--pretrained and --init both name weights"),
     ],
 )
@@ -83,7 +83,7 @@ def test_what_cannot_be_started_from(images: Path, tmp_path: Path, changes: dict
 def test_weights_of_another_architecture_or_damaged_ones(images: Path, ready: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"do not fit: .* needs the same architecture"):
         pretrain(config(images, tmp_path / "run", model="resnet10t_etf", init=f"local-dir:{ready}"))
-    with pytest.raises(UsageError, match=r"Cannot start from .*'img_size'\): check --init"):
+    with pytest.raises(UsageError, match=r"Cannot start from .*'img_size'\): check its name"):
         pretrain(config(images, tmp_path / "run", model="test_vit_etf", img_size=160, init=f"local-dir:{ready}"))
     broken = tmp_path / "weights.safetensors"
     broken.write_bytes((ready / "model.safetensors").read_bytes()[:999])

@@ -68,13 +68,14 @@ def card(
     evaluations = _evaluations(results)
     recipe = (etf or {}).get("recipe", {})
     origin: dict[str, Any] = next(iter(((etf or {}).get("origin") or {}).values()), {})
+    license = license or origin.get("license")
     reader, _, dataset = str(recipe.get("dataset", "")).partition("/")
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
         license=license,
         datasets=[dataset] if reader in ("hfds", "hfids") else None,
-        base_model=_base_model(recipe.get("init") or origin.get("from")),
+        base_model=_base_model(origin.get("from") or recipe.get("init")),
         model_name=name,
         eval_results=evaluations or None,
         tags=["image-classification", "timm", *(["etf", "fixed-classifier", "neural-collapse"] if etf else [])],
@@ -231,6 +232,12 @@ def _evaluations(results: Checkpoint) -> list[Any]:
     if (source := results.get("source")) and source.get("data"):
         counted = {"images": source.get("count"), "training_seed": source.get("seed")}
         images: dict[str, Any] = {k: v for k, v in counted.items() if v is not None}
+        if teacher := source.get("teacher"):
+            for k in _measured(source, "top1", "top5"):
+                found.append(
+                    evaluation(source["data"], f"{k} agreement with {teacher}", source[k], "agreement", **images)
+                )
+            source = {}
         for k in _measured(source, "top1", "top5"):
             found.append(evaluation(source["data"], f"{k}, source task", source[k], **images))
         for k in _measured(source, *_GEOMETRY):

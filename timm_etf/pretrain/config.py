@@ -89,8 +89,17 @@ class PretrainConfig:
     init: str | None = None
     """Start from other weights, under a new classifier: resnet50.a1_in1k, hf-hub:ORG/NAME, local-dir:FOLDER or a file
     of weights."""
+    keep_classifier: bool = False
+    """With --init: start from its classifier, too, as it is; under a fixed one from the frame nearest to a learned
+    one."""
+    distill: str | None = None
+    """Learn what another model answers instead of labels, which the images need not have: resnet50.a1_in1k,
+    hf-hub:ORG/NAME, local-dir:FOLDER. Validation then counts how often the two agree. Images that are not in folders of
+    the splits are divided, a tenth for validation."""
     drop_path: float | None = None
     """Rate of stochastic depth."""
+    freeze_bn: bool = False
+    """Keep BatchNorm's statistics as they are, for weights that are only tuned."""
 
     img_size: int | None = None
     """Image side in pixels; by default the architecture's own."""
@@ -275,6 +284,10 @@ class PretrainConfig:
             raise UsageError(f"--warmup-epochs must be less than --epochs ({self.epochs}), got {self.warmup_epochs}.")
         if self.pretrained and self.init:
             raise UsageError("--pretrained and --init both name weights to start from: leave one out.")
+        if self.keep_classifier and not self.initial_weights:
+            raise UsageError("--keep-classifier needs weights to start from: name them with --init.")
+        if self.keep_classifier and self.fsdp:
+            raise UsageError("--keep-classifier does not work on shards: leave out --fsdp.")
         if self.layer_decay and self.sched == "none":
             raise UsageError("--layer-decay scales what a schedule gives: use --sched constant instead of none.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:

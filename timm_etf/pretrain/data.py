@@ -1,6 +1,7 @@
 """Training and validation batches from any timm data set, the same images on any number of processes."""
 
 import os
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ CHECKED_IMAGES = 20_000
 """Images decoded before training starts: all of a small set, an even sample of a larger one."""
 
 
+MOST_HELD_OUT = 5000
+"""Images of a folder without splits that are held out for validation; a tenth, if that is fewer."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What to train and to validate on: timm's data sets, before they know the model's transforms."""
@@ -37,13 +42,19 @@ class Task:
     class_names: list[str] | None
 
 
-def open_task(config: PretrainConfig) -> Task:
+def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
     """Open both splits and check that they make a classification task.
+
+    Args:
+        config: The run's settings.
+        answers: Number of classes of a teacher, whose answers take the place of the images' own classes.
 
     Raises:
         UsageError: If a split is missing or empty, has fewer than two classes, or validates on classes that are not
             trained on.
     """
+    if answers:
+        return _open_unlabelled(config, answers)
     train = _open(config, config.train_split, is_training=True)
     val = _open(config, config.val_split, is_training=False)
     train_classes, val_classes = _class_to_idx(train), _class_to_idx(val)
@@ -65,6 +76,39 @@ def open_task(config: PretrainConfig) -> Task:
         raise UsageError(f"The data has {len(train_classes)} classes, not --num-classes {num_classes}: leave it out.")
     names = sorted(train_classes, key=train_classes.__getitem__) if train_classes else None
     return Task(train, val, num_classes, [str(n) for n in names] if names else None)
+
+
+def _open_unlabelled(config: PretrainConfig, num_classes: int) -> Task:
+    """Images to which a teacher gives the answers; those of a folder without splits are divided."""
+    if config.num_classes not in (None, num_classes):
+        fix = f"--distill learns the {num_classes} classes of {config.distill}"
+        raise UsageError(f"{fix}: leave out --num-classes.")
+    if config.dataset != "folder" or {config.train_split, config.val_split} <= set(_folders(config)):
+        train = _open(config, config.train_split, is_training=True)
+        return _without_labels(train, _open(config, config.val_split, is_training=False), num_classes)
+    mode = "L" if config.in_chans == 1 else "RGB"
+    try:
+        train, val = (timm.data.ImageDataset(str(config.data_dir), input_img_mode=mode) for _ in range(2))
+    except RuntimeError as e:
+        raise UsageError(f"Cannot take images from {config.data_dir} ({first_line(e)}): check --data-dir.") from None
+    samples = train.reader.samples
+    refuse_linked_folders([path for path, _ in samples])
+    if len(samples) < 2:
+        raise UsageError(f"{config.data_dir} holds one image; two are needed, one of them to be held out.")
+    random.Random(config.seed).shuffle(samples)
+    held_out = min(MOST_HELD_OUT, max(1, len(samples) // 10))
+    train.reader.samples, val.reader.samples = PackedSamples(samples[held_out:]), PackedSamples(samples[:held_out])
+    return _without_labels(train, val, num_classes)
+
+
+def _without_labels(train: Any, val: Any, num_classes: int) -> Task:
+    """Their own class numbers may be beyond the teacher's, and mixup would look at them."""
+    train.target_transform = val.target_transform = _no_label
+    return Task(train, val, num_classes, None)
+
+
+def _no_label(target: Any) -> int:
+    return 0
 
 
 def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: Any = None) -> Any:

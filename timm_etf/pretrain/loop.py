@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -69,6 +70,15 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     advised, clock = {""}, Clock()
     with _progress(run) as bar:
+        if config.initial_weights and run.position == Position():  # what they are worth before they are trained
+            run.record()
+            metrics = _validate(run)
+            run.position = Position(top1=metrics["top1"])
+            if log:
+                bar.write("  ".join(["before training", *_shown(run, metrics)]))
+                log.append({"epoch": 0, **metrics})
+            _save(run, clock)
+            clock.lap()
         while run.position.epoch < config.epochs:
             epoch, first_step = run.position.epoch, run.position.step
             bar.set_description_str(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
@@ -88,8 +98,7 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
                 metrics["images_per_second"] = images / (seconds["waiting"] + seconds["stepping"])
             run.position = Position(epoch + 1, top1=metrics["top1"])
             if log:  # before the checkpoint: a resume drops lines that are ahead of it, but could not make up for one
-                shown = [t.format(metrics[k]) for k, t in _SHOWN.items() if k in metrics]
-                bar.write("  ".join([bar.desc, *shown, f"({shares(seconds)})"]))
+                bar.write("  ".join([bar.desc, *_shown(run, metrics), f"({shares(seconds)})"]))
                 faster = advice(seconds, config, accelerator.device)
                 if faster not in advised:
                     advised.add(faster)
@@ -101,9 +110,14 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
     return metrics
 
 
+def _shown(run: Run, metrics: dict[str, Any]) -> list[str]:
+    shown = _SHOWN | ({"top1": "same answer {:.1f} %"} if run.config.distill else {})
+    return [text.format(metrics[k]) for k, text in shown.items() if k in metrics]
+
+
 def _train_epoch(run: Run, watch: Watch, clock: Clock, bar: tqdm) -> Position:
     """Train the rest of an epoch, or up to a request to stop; returns the new position."""
-    run.step.model.train()
+    run.step.train()
     epoch, step, loss_sum = run.position.epoch, run.position.step, run.position.loss_sum
     last = run.train.steps_per_epoch
     unread: list[torch.Tensor] = []  # reading a loss waits for the device, so it is done every 20 steps
@@ -136,10 +150,13 @@ def _train_epoch(run: Run, watch: Watch, clock: Clock, bar: tqdm) -> Position:
 
 def _validate(run: Run) -> dict[str, Any]:
     """Score what is exported, and under an average of the weights the last ones too, as `raw_top1`."""
+    score = partial(
+        validate, run.accelerator, loader=run.val, pixels=run.step.pixels, teacher=run.step.objective.teacher
+    )
     if run.step.ema is None:
-        return validate(run.accelerator, run.step.model, run.val, run.step.pixels)
-    raw = validate(run.accelerator, run.step.model, run.val, run.step.pixels)
-    return {**validate(run.accelerator, run.step.ema.module, run.val, run.step.pixels), "raw_top1": raw["top1"]}
+        return score(run.step.model)
+    raw = score(run.step.model)
+    return {**score(run.step.ema.module), "raw_top1": raw["top1"]}
 
 
 def _save(run: Run, clock: Clock) -> Path:
@@ -158,6 +175,10 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     results = {"source": {"data": config.dataset if config.data_dir is None else config.data_dir.name, **metrics}}
     results["source"].pop("seconds", None)
     results["source"]["epochs"], results["source"]["seed"] = config.epochs, config.seed
+    if config.distill:
+        results["source"]["teacher"] = config.distill
+    if config.initial_weights:
+        results["source"]["before"] = _before(config.out / "log.jsonl")
     if best:
         results["source"]["exported"] = f"the best of all epochs by these images, {best.name}"
     exported = run.exported_model()
@@ -183,6 +204,12 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+def _before(log: Path) -> dict[str, Any]:
+    """What the weights were worth before they were trained."""
+    first = json.loads(log.read_text(encoding="utf-8").partition("\n")[0])
+    return {k: first[k] for k in ("top1", "top5", "loss") if first["epoch"] == 0}
+
+
 def _draw(run: Run) -> None:
     """Draw curves.png; a picture that cannot be drawn costs no run."""
     if run.accelerator.is_main_process:
@@ -197,9 +224,10 @@ def _draw(run: Run) -> None:
 def _train_seconds(run: Run) -> float:
     """Seconds that the epochs took without validation, over all calls of the run; a part of an epoch stands for all."""
     lines = (run.config.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rates = [rate for line in lines if (rate := json.loads(line).get("images_per_second"))]
+    epochs = [epoch for line in lines if (epoch := json.loads(line))["epoch"]]
+    rates = [rate for epoch in epochs if (rate := epoch.get("images_per_second"))]
     images = run.train.batches_per_epoch * run.images_per_batch
-    return sum(images / rate for rate in rates) * len(lines) / max(1, len(rates))
+    return sum(images / rate for rate in rates) * len(epochs) / max(1, len(rates))
 
 
 def _device_name(accelerator: Accelerator) -> str:
@@ -211,9 +239,17 @@ def _device_name(accelerator: Accelerator) -> str:
 def summary(config: PretrainConfig, results: dict[str, Any]) -> str:
     """What came out of a run and what to type next, in three lines."""
     source, folder = results["source"], config.out / "export"
+    what = f"top-1 {source['top1']:.2f} %, top-5 {source['top5']:.2f} % on {source['count']} validation images"
+    if config.distill:
+        what = (
+            f"same answer as {config.distill} on {source['top1']:.2f} % of {source['count']} images that were held out "
+            f"(its answer among five: {source['top5']:.2f} %, divergence {source['loss']:.3f} nats)"
+        )
+    if before := source.get("before"):
+        what += f"; before training {before['top1']:.2f} %"
     imports = "timm, timm_etf" if base_name(config.architecture).endswith(SW_SUFFIX) else "timm"
     return (
-        f"top-1 {source['top1']:.2f} %, top-5 {source['top5']:.2f} % on {source['count']} validation images\n"
+        f"{what}\n"
         f"model: {folder}\n"
         f"next:  python -c \"import {imports}; timm.create_model('local-dir:{folder}', pretrained=True)\""
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
@@ -38,12 +39,14 @@ class Objective:
     Args:
         config: The run's settings.
         model: The model, for the scale of its classifier.
+        teacher: A model whose answers are learned in place of labels.
 
     Raises:
         UsageError: If the loss does not go with the model's classifier.
     """
 
-    def __init__(self, config: PretrainConfig, model: nn.Module) -> None:
+    def __init__(self, config: PretrainConfig, model: nn.Module, teacher: nn.Module | None = None) -> None:
+        self.teacher = teacher
         mixes = config.mixup or config.cutmix  # the targets are smoothed already
         self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else config.smoothing)
         if config.loss == "dot_regression":
@@ -59,7 +62,30 @@ class Objective:
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Loss of images [B, C, H, W] with class indices [B] or probabilities [B, K]: a scalar to differentiate."""
         if not self.feature_entropy:
-            return self.loss(model(images), targets)
+            return self._loss(model, images, targets)
         with features_into(model) as features:
-            loss = self.loss(model(images), targets)
+            loss = self._loss(model, images, targets)
         return loss + self.feature_entropy * FeatureEntropyLoss()(features[-1])
+
+    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        if self.teacher is None:
+            return self.loss(model(images), targets)
+        with torch.no_grad():
+            taught = self.teacher(images)
+        return divergence(model(images), taught).mean()
+
+
+def divergence(logits: Tensor, taught: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence of a model's probabilities from those of its teacher, in nats.
+
+    .. math:: \sum_k p_k (\log p_k - \log q_k)
+
+    Args:
+        logits: Of the model that learns, q, [B, K].
+        taught: Of the teacher, p, [B, K].
+
+    Returns:
+        [B], not negative.
+    """
+    log_q, log_p = logits.float().log_softmax(dim=1), taught.float().log_softmax(dim=1)
+    return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)

@@ -1,6 +1,7 @@
 """What a run needs before its first step, made and tried out before anything is written."""
 
 import copy
+import json
 import os
 import platform
 import sys
@@ -30,8 +31,8 @@ from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
 from timm_etf.pretrain.step import Step
-from timm_etf.pretrain.warm_start import warm_start
-from timm_etf.variants import base_name
+from timm_etf.pretrain.warm_start import Start, teacher
+from timm_etf.variants import HEAD_ARGS, base_name
 
 
 @dataclass
@@ -126,18 +127,22 @@ def setup(config: PretrainConfig) -> Run:
     if not config.resume:
         require_new_folder(config.out, "continue that run with --resume, or choose another --out")
     accelerator = _accelerator(config)
-    task = data.open_task(config)
+    start = _start(config)
+    taught = teacher(config.distill, config.in_chans, **_img_size(config)) if config.distill else None
+    task = data.open_task(config, getattr(taught, "num_classes", None))
     settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes)
     if config.resume:
         checkpoint.check_resume(config.out, settings)
     set_seed(config.seed)
-    model = _create_model(config, settings["frame_seed"], task.num_classes)
-    _adapt(model, config)
+    model = _create_model(config, settings["frame_seed"], task.num_classes, start)
+    if config.grad_checkpointing:
+        with _blaming("--grad-checkpointing"):
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
     channels_last = _channels_last(model, config, accelerator)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    objective, mixup = Objective(config, model), data.mixup(config, task.num_classes)
-    data_config = _data_config(config, model)
+    objective, mixup = Objective(config, model, taught), data.mixup(config, task.num_classes)
+    data_config = resolve_data_config(config, model, start)
     with _blaming("--auto-augment and the other options of the images"):
         transforms = data.transforms(config, data_config)
         images = _blank_batch(config, *transforms)
@@ -175,6 +180,9 @@ def setup(config: PretrainConfig) -> Run:
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
     pixels = Pixels(data_config, accelerator.device, channels_last=channels_last, reprob=config.reprob)
+    if taught:
+        _require_same_pixels(taught, data_config, config)
+        taught.to(accelerator.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     step = Step(config, accelerator, model, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
@@ -230,31 +238,43 @@ def _blaming(options: str) -> Iterator[None]:
         raise UsageError(f"These settings cannot work ({type(e).__name__}: {first_line(e)}): check {options}.") from e
 
 
-def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int) -> nn.Module:
-    kwargs = config.parsed_model_kwargs
-    name = config.architecture
+def _start(config: PretrainConfig) -> Start | None:
+    """Weights to start from; a run that has checkpoints needs them no more, but for the classifier's origin."""
+    resumed = config.resume and checkpoint.all_of(config.out)
+    if not config.initial_weights or (resumed and not config.keep_classifier):
+        return None
+    return Start(config.initial_weights, in_chans=config.in_chans, **_img_size(config))
+
+
+def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int, start: Start | None = None) -> nn.Module:
+    kwargs, name = config.parsed_model_kwargs, config.architecture
+    keep = config.keep_classifier and start
+    fixed = name != base_name(name)
     if kwargs.get("frame") == "nearest":
         raise UsageError(
-            "--model-kwargs frame=nearest: a run starts with a fresh classifier, to which no frame is near. It is for "
-            "weights that are there: timm_etf.fix_classifier(model, frame='nearest'), or NAME_etf.TAG."
+            "--model-kwargs frame=nearest: use --init with --keep-classifier, which is near to the one that is there."
         )
-    if name != base_name(name):
+    # A frame near to a classifier takes its place once it has its weights.
+    head_args = {k: kwargs.pop(k) for k in HEAD_ARGS if k in kwargs} if fixed and keep else {}
+    if head_args.get("frame", "learned") != "learned":
+        raise UsageError("--keep-classifier fixes the frame that is nearest to it: leave out --model-kwargs frame=.")
+    if fixed and not keep:
         kwargs["frame_seed"] = frame_seed
     try:
-        return timm.create_model(name, num_classes=num_classes, in_chans=config.in_chans, **_img_size(config), **kwargs)
+        model = timm.create_model(
+            base_name(name) if keep else name,
+            num_classes=num_classes,
+            in_chans=config.in_chans,
+            **_img_size(config),
+            **kwargs,
+        )
+        if start:
+            start.give(model, classifier=bool(keep))
+        return start.fix(model, **head_args) if start and keep and fixed else model
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from None
     except Exception as e:  # an argument that this architecture does not take, or a value that some layer refuses
         raise UsageError(f"{name}: {first_line(e).rstrip('.')}. Check --model-kwargs.") from e
-
-
-def _adapt(model: nn.Module, config: PretrainConfig) -> None:
-    """Weights to start from, and what changes how the model computes but not what."""
-    if config.initial_weights and not (config.resume and checkpoint.all_of(config.out)):
-        warm_start(model, config.initial_weights, in_chans=config.in_chans, **_img_size(config))
-    if config.grad_checkpointing:
-        with _blaming("--grad-checkpointing"):
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
 def _channels_last(model: nn.Module, config: PretrainConfig, accelerator: Accelerator) -> bool:
@@ -300,11 +320,25 @@ def _img_size(config: PretrainConfig) -> dict[str, Any]:
     return {"img_size": config.img_size} if config.img_size and cfg is not None and cfg.fixed_input_size else {}
 
 
-def _data_config(config: PretrainConfig, model: nn.Module) -> dict[str, Any]:
-    """timm's preprocessing of this model with the run's changes."""
+def _require_same_pixels(taught: Any, data_config: dict[str, Any], config: PretrainConfig) -> None:
+    """Both look at the same normalised images."""
+    theirs = timm.data.resolve_data_config({}, model=taught)
+    for option in ("mean", "std"):
+        if tuple(theirs[option]) != tuple(data_config[option]):
+            values = " ".join(map(str, theirs[option]))
+            raise UsageError(f"{config.distill} was trained on images of another {option}: use --{option} {values}.")
+
+
+def resolve_data_config(config: PretrainConfig, model: nn.Module, start: Start | None) -> dict[str, Any]:
+    """timm's preprocessing of this model, or of the weights it starts from, with the run's changes."""
+    if config.resume:  # the weights may be gone since
+        recorded = json.loads((config.out / "run.json").read_text(encoding="utf-8")).get("data_config")
+        if recorded:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()}
     size = {"input_size": (config.in_chans, config.img_size, config.img_size)} if config.img_size else {}
     changes = {"mean": config.mean, "std": config.std, "crop_pct": config.crop_pct, **size}
-    resolved = timm.data.resolve_data_config({k: v for k, v in changes.items() if v is not None}, model=model)
+    given = {k: v for k, v in changes.items() if v is not None}
+    resolved = timm.data.resolve_data_config({**(start.data_config if start else {}), **given}, model=model)
     resolved["input_size"] = (config.in_chans, *resolved["input_size"][1:])
     for option in ("mean", "std"):
         values = resolved[option]

@@ -45,11 +45,20 @@ class Step:
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self.schedule, self.objective, self.pixels, self.mixup = schedule, objective, pixels, mixup
+        self.freeze_bn = config.freeze_bn
         self.clip_grad, self.clip_mode = config.clip_grad, config.clip_mode
         self.plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         # timm takes the last two parameters for the classifier's, which a fixed one does not have.
         spared = tuple(f"{name}." for name in classifier_names(self.plain)) if config.clip_mode == "agc" else ()
         self.clipped = [p for name, p in self.plain.named_parameters() if not name.startswith(spared)]
+
+    def train(self) -> None:
+        """Put the model into training mode; norms whose statistics are to stay are left in evaluation mode."""
+        self.model.train()
+        if self.freeze_bn:
+            for module in self.plain.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]], count: int, update: int) -> Tensor:
         """Train on `count` batches of uint8 images [B, C, H, W] with class indices [B], as update `update` of the run.

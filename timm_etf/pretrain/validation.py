@@ -12,13 +12,15 @@ from torch.distributed.tensor import DTensor
 from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError
 from timm_etf.loading.loader import Loader, Pixels
-from timm_etf.pretrain.objective import features_into
+from timm_etf.pretrain.objective import divergence, features_into
 from timm_etf.pretrain.sharding import in_step
 from timm_etf.processes import exact_device
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, model: nn.Module, loader: Loader, pixels: Pixels) -> dict[str, Any]:
+def validate(
+    accelerator: Accelerator, model: nn.Module, loader: Loader, pixels: Pixels, teacher: nn.Module | None = None
+) -> dict[str, Any]:
     """Score a model on the validation split.
 
     Each process scores its own share and only sums are exchanged, so the shares may differ in size and every image
@@ -29,10 +31,12 @@ def validate(accelerator: Accelerator, model: nn.Module, loader: Loader, pixels:
         model: The prepared model; it is left in evaluation mode.
         loader: Batches of this process's share: uint8 images [B, C, H, W], class numbers [B].
         pixels: What makes images of them.
+        teacher: A model whose answers take the place of the class numbers.
 
     Returns:
-        `top1` and `top5` in percent, `loss` (mean cross-entropy, nats), `count` of images, and, on the main process,
-        what `timm_etf.geometry.collapse` says of the features that enter the classifier, as far as it is a number.
+        `top1` and `top5` in percent, `loss` (mean cross-entropy, or divergence from a teacher, nats), `count` of
+        images and, on the main process, what `timm_etf.geometry.collapse` says of the features that enter the classifier,
+        as far as it is a number.
 
     Raises:
         UsageError: If the split gave no image.
@@ -49,10 +53,16 @@ def validate(accelerator: Accelerator, model: nn.Module, loader: Loader, pixels:
             images, targets = pixels(images), targets.to(accelerator.device)
             with accelerator.autocast():
                 logits = plain(images)[: len(targets)].float()
+                if teacher is not None:
+                    taught = teacher(images)[: len(targets)].float()
+                    targets = taught.argmax(dim=1)
             geometry.add(features, targets)
             features.clear()
             hits = logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            if teacher is None:
+                loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            else:
+                loss = divergence(logits, taught).sum()
             sums = torch.stack([hits[:, 0].sum(), hits.sum(), loss]).tolist()
             totals = [t + s for t, s in zip(totals, [*sums, len(targets)], strict=True)]
     top1, top5, loss_sum, count = (sum(column) for column in zip(*gather_object([totals]), strict=True))

@@ -1,47 +1,111 @@
-"""Starting from weights that are there, under a new classifier."""
+"""Starting from weights that are there, and learning from a model that is there."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from timm_etf.classifier import classifier_names
+from timm_etf.classifier import classifier_names, fix_classifier, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
+from timm_etf.hub.load import create_model
 
 
-def warm_start(model: nn.Module, weights: str, in_chans: int, img_size: int | None = None) -> None:
-    """Give a model the backbone of other weights; its own classifier stays as it is.
+class Start:
+    """Weights that a run starts from.
 
     Args:
-        model: A timm model; changed.
         weights: A timm name (resnet50.a1_in1k), a folder (local-dir:FOLDER), a repository (hf-hub:ORG/NAME) or a file
-            of weights of the same architecture.
-        in_chans: Image channels; timm adapts the first convolution to them.
+            of weights.
+        in_chans: Image channels; timm adapts the first convolution to them. By default those of the weights.
         img_size: Image side in pixels, if positions have to be adapted to it.
 
     Raises:
-        UsageError: If there are no such weights, or they are another architecture's.
+        UsageError: If there are no such weights.
     """
+
+    model: nn.Module | None = None
+    """The model that they are of, in evaluation mode; None for a file, which does not tell."""
+
+    def __init__(self, weights: str, in_chans: int | None = None, img_size: int | None = None) -> None:
+        self.weights = weights
+        if not Path(weights).is_file():
+            self.model = ready_model(weights, in_chans, img_size)
+            self.tensors: dict[str, Tensor] = self.model.state_dict()
+            return
+        try:
+            self.tensors = load_state_dict(weights)
+        except Exception as e:  # pickle, safetensors and torch each have their own kinds
+            raise UsageError(f"Cannot start from {weights} ({first_line(e).rstrip('.')}): get it again.") from e
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How the weights want their images, as far as it is known."""
+        cfg: Any = getattr(self.model, "pretrained_cfg", {})
+        return {k: cfg[k] for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode") if cfg.get(k) is not None}
+
+    def give(self, model: nn.Module, *, classifier: bool) -> None:
+        """Give a model of the same architecture these weights; its own classifier stays as it is unless `classifier`.
+
+        Raises:
+            UsageError: If they are another architecture's, or of other classes.
+        """
+        heads = tuple(f"{name}." for name in classifier_names(model))
+
+        def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+            return {k: tuple(t.shape) for k, t in tensors.items() if classifier or not k.startswith(heads)}
+
+        ours, theirs = shapes(model.state_dict()), shapes(self.tensors)
+        if ours != theirs:
+            key = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
+            same = "classes for --keep-classifier" if key.startswith(heads) else "architecture and arguments"
+            raise UsageError(
+                f"The weights of {self.weights} do not fit: {key} is {theirs.get(key, 'not there')} there and "
+                f"{ours.get(key, 'not there')} in this model. --init needs the same {same}."
+            )
+        model.load_state_dict({key: self.tensors[key] for key in theirs}, strict=False)
+
+    def fix(self, model: nn.Module, **options: Any) -> nn.Module:
+        """Fix the classifier of a model that was given it: as it was fixed, or to the frame nearest to it.
+
+        Args:
+            model: Changed in place.
+            options: Of `timm_etf.fix_classifier`, for one that was not fixed.
+        """
+        there = dict(fixed_classifiers(self.model)) if self.model else {}
+        if there and not options:
+            for name, head in there.items():
+                model.set_submodule(name, copy.deepcopy(head))
+            return model
+        fix_classifier(model, **{"frame": "nearest", **options})
+        cfg: Any = getattr(self.model, "pretrained_cfg", {})
+        for _, head in fixed_classifiers(model):
+            if head.origin:
+                head.origin |= {"from": self.weights, "license": cfg.get("license")}
+        return model
+
+
+def ready_model(name: str, in_chans: int | None = None, img_size: int | None = None) -> Any:
+    """A trained model by its name, in evaluation mode; arguments as for `Start`.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    changes = {"in_chans": in_chans, "img_size": img_size}
     try:
-        if Path(weights).is_file():
-            found = load_state_dict(weights)
-        else:
-            size: dict[str, Any] = {"img_size": img_size} if img_size else {}
-            found = timm.create_model(weights, pretrained=True, in_chans=in_chans, **size).state_dict()
+        return create_model(name, pretrained=True, **{k: v for k, v in changes.items() if v}).eval()
     except Exception as e:  # timm, the Hub's client and torch each have their own kinds
-        raise UsageError(f"Cannot start from {weights} ({first_line(e).rstrip('.')}): check --init.") from e
-    heads = tuple(f"{name}." for name in classifier_names(model))
+        raise UsageError(f"Cannot start from {name} ({first_line(e).rstrip('.')}): check its name.") from e
 
-    def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(t.shape) for key, t in tensors.items() if not key.startswith(heads)}
 
-    ours, theirs = shapes(model.state_dict()), shapes(found)
-    if ours != theirs:
-        key = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
-        raise UsageError(
-            f"The weights of {weights} do not fit: {key} is {theirs.get(key, 'not there')} there and "
-            f"{ours.get(key, 'not there')} in this model. --init needs the same architecture and arguments."
-        )
-    model.load_state_dict({key: found[key] for key in theirs}, strict=False)
+def teacher(name: str, in_chans: int, img_size: int | None = None) -> Any:
+    """A trained model to learn from; arguments as for `Start`.
+
+    Raises:
+        UsageError: If there is none, or it has no classifier.
+    """
+    model = ready_model(name, in_chans, img_size)
+    if getattr(model, "num_classes", 0) < 2:
+        raise UsageError(f"{name} has no classifier of two or more classes, so there is nothing to learn from it.")
+    return model.requires_grad_(False)

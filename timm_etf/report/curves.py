@@ -56,7 +56,7 @@ def draw(log: Path, path: Path) -> Path | None:
         if timed:
             _time(axes[len(panels)], timed)
         for axis in axes[:count]:
-            axis.set(xlabel="epoch", xlim=(0.4, epochs[-1]["epoch"] + 0.6))
+            axis.set(xlabel="epoch", xlim=(epochs[0]["epoch"] - 0.6, epochs[-1]["epoch"] + 0.6))
             axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         for axis in axes[count:]:
             axis.set_axis_off()
