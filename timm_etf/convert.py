@@ -29,13 +29,13 @@ from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.loop import pretrain
 from timm_etf.pretrain.objective import divergence
 from timm_etf.pretrain.setup import resolve_data_config
-from timm_etf.pretrain.warm_start import Start
 from timm_etf.processes import processes
+from timm_etf.ready import Start
 from timm_etf.report.results import write as write_results
 from timm_etf.variants import SUFFIX, base_name
 
-LOOKS = 10_000
-"""Views of training images that the frame is turned by: a few of each where there are few."""
+LOOKS, MOST_OF_EACH = 10_000, 20
+"""Views of training images that the frame is turned by, and how many of one image at most."""
 
 RECIPE: dict[str, Any] = {
     "opt": "adamw",
@@ -159,7 +159,8 @@ def _ready(name: str) -> tuple[Start, dict[str, Any]]:
     model_args: dict[str, Any] = {}
     if parse_model_name(name)[0] is not None:
         located = locate(name)
-        model_args = dict(located.config.get("model_args", {}))
+        own = ("in_chans", "img_size", "num_classes")  # which are options of their own
+        model_args = {k: v for k, v in located.config.get("model_args", {}).items() if k not in own}
         if located.etf:
             raise UsageError(f"{name} is under a fixed frame already: timm_etf.create_model loads it with that.")
     elif not timm.is_model(architecture := name.partition(".")[0]):
@@ -182,14 +183,15 @@ def _turn(config: PretrainConfig, start: Start, folder: Path, name: str) -> None
         )
     data_config = resolve_data_config(config, model, start)
     task.train.transform, task.val.transform = data.transforms(config, data_config)  # type: ignore[attr-defined]
-    train, val = data.TrainLoader(task.train, config, 0, 1), data.val_loader(task.val, config, 0, 1)
     data.check_images(task.train, task.val)
+    train, val = data.TrainLoader(task.train, config, 0, 1), data.val_loader(task.val, config, 0, 1)
+    looks = min(LOOKS, MOST_OF_EACH * train.num_samples)
     device = processes().device
     model.to(device, memory_format=torch.channels_last)
     pixels = Pixels(data_config, device, channels_last=True)
     heads = {n: model.get_submodule(n) for n in classifier_names(model)}
     try:
-        features = _features(model, heads, _shown(_views(train), "looking", LOOKS), pixels)
+        features = _features(model, heads, _shown(_views(train, looks), "looking", looks), pixels)
         said = _answers(model, _shown(val, "held out"), pixels)
         start.fix(model)
         exchanged = _agreement(said, _answers(model, val, pixels))
@@ -227,14 +229,14 @@ def _shown(batches: Iterable[Any], what: str, total: int | None = None) -> Itera
             bar.update(len(images))
 
 
-def _views(train: data.TrainLoader) -> Iterator[Any]:
+def _views(train: data.TrainLoader, looks: int) -> Iterator[Any]:
     """Augmented images in batches, in as many passes as it takes."""
     epoch, seen = 0, 0
-    while seen < LOOKS:
+    while seen < looks:
         for images, targets in train.epoch(epoch):
             yield images, targets
             seen += len(images)
-            if seen >= LOOKS:
+            if seen >= looks:
                 return
         epoch += 1
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from timm_etf import UsageError, frames
-from timm_etf.frames.nearest import SLACK, least_squares_scale, looks_random, mean_cosine
+from timm_etf.frames.nearest import SLACK, least_squares_scale, looks_random, mean_cosine, turned
 
 
 def rows(num_classes: int, dim: int, seed: int) -> Tensor:
@@ -66,6 +66,54 @@ def test_it_turns_with_the_features_and_follows_the_classes(shape: tuple[int, in
     torch.testing.assert_close(frames.nearest(w @ q), found @ q, atol=1e-7, rtol=0)
     torch.testing.assert_close(frames.nearest(w[order]), found[order], atol=1e-7, rtol=0)
     torch.testing.assert_close(frames.nearest(3 * w + 1), found, atol=1e-7, rtol=0)
+
+
+@given(SIMPLEX, SEEDS)
+@settings(deadline=None, max_examples=20)
+def test_a_linear_map_before_the_nearest_simplex_gives_every_logit(shape: tuple[int, int], seed: int) -> None:
+    # Nothing that the classifier tells apart is out of the simplex's reach: S pinv(S) W = W, for centred rows.
+    w = rows(*shape, seed)
+    found, centred = frames.nearest(w), w - w.mean(0)
+    features = torch.randn(50, shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = features @ (torch.linalg.pinv(found) @ centred).T
+    torch.testing.assert_close(exact @ found.T, features @ centred.T, atol=1e-10, rtol=0)
+
+
+def divergence(frame: Tensor, scale: float, features: Tensor, logits: Tensor) -> float:
+    p, q = logits.double().softmax(1), (scale * features.double() @ frame.T).softmax(1)
+    return (p * (p / q).log()).sum(1).mean().item()
+
+
+@pytest.mark.parametrize(("num_classes", "dim"), [(10, 32), (33, 32), (50, 32), (100, 32)])
+def test_turned_by_features_it_is_still_the_frame_and_says_more_of_what_was_said(num_classes: int, dim: int) -> None:
+    w = rows(num_classes, dim, 0)
+    g = torch.Generator().manual_seed(1)
+    features = torch.randn(3000, dim, generator=g) * torch.logspace(0.3, -0.7, dim) @ rotation(dim, 2).float()
+    logits = features @ w.float().T
+    start = frames.nearest(w)
+    scale = least_squares_scale(w, start)
+    found, factor = turned(start, scale, features, logits)
+    torch.testing.assert_close(found @ found.T, start @ start.T, atol=1e-7, rtol=0)
+    before, after = divergence(start, scale, features, logits), divergence(found, factor, features, logits)
+    assert after < 0.8 * before
+    # No small turn of it, and no other scale, is better by more than a little.
+    for seed in range(20):
+        skew = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        turn = torch.linalg.matrix_exp(0.05 * (skew - skew.T) / dim**0.5)
+        assert divergence(found @ turn, factor, features, logits) > after - 0.01 * before
+    for other in (0.8, 1.25):
+        assert divergence(found, other * factor, features, logits) > after - 0.01 * before
+    again, same = turned(start, scale, features, lambda h: h @ w.float().T)
+    torch.testing.assert_close(again, found, atol=1e-4, rtol=0)
+    assert same == pytest.approx(factor, rel=1e-3)
+
+
+def test_a_frame_that_says_all_of_it_stays() -> None:
+    w = frames.simplex(6, 20, seed=1)
+    features = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    found, scale = turned(w, 2.0, features, 2 * features @ w.float().T)
+    torch.testing.assert_close(found, w, atol=1e-2, rtol=0)
+    assert scale == pytest.approx(2, rel=1e-2)
 
 
 @given(SIMPLEX, SEEDS, st.floats(0.01, 100))

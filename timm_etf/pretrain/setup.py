@@ -31,7 +31,7 @@ from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
 from timm_etf.pretrain.step import Step
-from timm_etf.pretrain.warm_start import Start, teacher
+from timm_etf.ready import Start, same_for_all, teacher
 from timm_etf.variants import HEAD_ARGS, base_name
 
 
@@ -128,21 +128,18 @@ def setup(config: PretrainConfig) -> Run:
         require_new_folder(config.out, "continue that run with --resume, or choose another --out")
     accelerator = _accelerator(config)
     start = _start(config)
-    taught = teacher(config.distill, config.in_chans, **_img_size(config)) if config.distill else None
+    taught = teacher(config.distill, in_chans=config.in_chans, **_img_size(config)) if config.distill else None
     task = data.open_task(config, getattr(taught, "num_classes", None))
     settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes)
     if config.resume:
         checkpoint.check_resume(config.out, settings)
     set_seed(config.seed)
     model = _create_model(config, settings["frame_seed"], task.num_classes, start)
-    if config.grad_checkpointing:
-        with _blaming("--grad-checkpointing"):
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
-    channels_last = _channels_last(model, config, accelerator)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
+    channels_last = _arrange_for_speed(model, taught, config, accelerator)
     objective, mixup = Objective(config, model, taught), data.mixup(config, task.num_classes)
     data_config = resolve_data_config(config, model, start)
+    if taught:
+        _require_same_pixels(taught, data_config, config)
     with _blaming("--auto-augment and the other options of the images"):
         transforms = data.transforms(config, data_config)
         images = _blank_batch(config, *transforms)
@@ -161,15 +158,7 @@ def setup(config: PretrainConfig) -> Run:
         with _blaming("--opt, which --fsdp makes work on shards"):
             sharding.try_optimizer(config, accelerator)
     with _blaming("--sched and --sched-kwargs"):
-        schedule, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=train.steps_per_epoch,
-            **config.parsed_sched_kwargs,
-        )
+        schedule = _schedule(optimizer, config, train.steps_per_epoch)
     if accelerator.is_main_process and not config.resume:  # a run that has begun has checked them
         data.check_images(task.train, task.val)
     # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
@@ -180,9 +169,6 @@ def setup(config: PretrainConfig) -> Run:
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
     pixels = Pixels(data_config, accelerator.device, channels_last=channels_last, reprob=config.reprob)
-    if taught:
-        _require_same_pixels(taught, data_config, config)
-        taught.to(accelerator.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     step = Step(config, accelerator, model, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
     return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
@@ -277,13 +263,26 @@ def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int, sta
         raise UsageError(f"{name}: {first_line(e).rstrip('.')}. Check --model-kwargs.") from e
 
 
-def _channels_last(model: nn.Module, config: PretrainConfig, accelerator: Accelerator) -> bool:
-    """Whether convolutions are fast in that order there (tests/benchmarks/channels_last.py), and most of the layers."""
-    if config.channels_last is not None:
-        return config.channels_last
+def _arrange_for_speed(
+    model: nn.Module, taught: nn.Module | None, config: PretrainConfig, accelerator: Accelerator
+) -> bool:
+    """What changes how the models compute but not what; returns whether images are in channels-last order.
+
+    By default they are where convolutions are fast in it (tests/benchmarks/channels_last.py), and most of the layers.
+    """
+    if config.grad_checkpointing:
+        with _blaming("--grad-checkpointing"):
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     convolutions = sum(isinstance(m, nn.Conv2d) for m in layers)
-    return 2 * convolutions > len(layers) and (accelerator.device.type == "cpu" or accelerator.mixed_precision != "no")
+    channels_last = config.channels_last
+    if channels_last is None:
+        fast = accelerator.device.type == "cpu" or accelerator.mixed_precision != "no"
+        channels_last = 2 * convolutions > len(layers) and fast
+    for each in filter(None, (model, taught)):
+        if channels_last:
+            each.to(memory_format=torch.channels_last)
+    return channels_last
 
 
 def _arrange(model: nn.Module, config: PretrainConfig, accelerator: Accelerator) -> tuple[nn.Module, ModelEmaV3 | None]:
@@ -314,6 +313,18 @@ def _optimizer(model: nn.Module, config: PretrainConfig) -> Any:
     return optimizer
 
 
+def _schedule(optimizer: Any, config: PretrainConfig, steps_per_epoch: int) -> Any:
+    return create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+        **config.parsed_sched_kwargs,
+    )[0]
+
+
 def _img_size(config: PretrainConfig) -> dict[str, Any]:
     """`img_size` for the architectures whose input size is fixed when they are built; the others take any."""
     cfg = timm.get_pretrained_cfg(config.architecture)
@@ -338,12 +349,12 @@ def resolve_data_config(config: PretrainConfig, model: nn.Module, start: Start |
     size = {"input_size": (config.in_chans, config.img_size, config.img_size)} if config.img_size else {}
     changes = {"mean": config.mean, "std": config.std, "crop_pct": config.crop_pct, **size}
     given = {k: v for k, v in changes.items() if v is not None}
-    resolved = timm.data.resolve_data_config({**(start.data_config if start else {}), **given}, model=model)
+    resolved = timm.data.resolve_data_config(
+        {**(start.data_config(config.in_chans) if start else {}), **given}, model=model
+    )
     resolved["input_size"] = (config.in_chans, *resolved["input_size"][1:])
     for option in ("mean", "std"):
-        values = resolved[option]
-        if len(values) != config.in_chans:  # an architecture's colour statistics for grey images: their mean
-            resolved[option] = (sum(values) / len(values),) * config.in_chans
+        resolved[option] = same_for_all(resolved[option], config.in_chans)
     return resolved
 
 

@@ -46,6 +46,8 @@ class Step:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self.schedule, self.objective, self.pixels, self.mixup = schedule, objective, pixels, mixup
         self.freeze_bn = config.freeze_bn
+        if objective.teacher:
+            objective.teacher.to(accelerator.device)
         self.clip_grad, self.clip_mode = config.clip_grad, config.clip_mode
         self.plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         # timm takes the last two parameters for the classifier's, which a fixed one does not have.

@@ -35,8 +35,8 @@ def validate(
 
     Returns:
         `top1` and `top5` in percent, `loss` (mean cross-entropy, or divergence from a teacher, nats), `count` of
-        images and, on the main process, what `timm_etf.geometry.collapse` says of the features that enter the classifier,
-        as far as it is a number.
+        images and, on the main process, what `timm_etf.geometry.collapse` says of the features that enter the
+        classifier, as far as it is a number.
 
     Raises:
         UsageError: If the split gave no image.

@@ -1,6 +1,7 @@
-"""Starting from weights that are there, and learning from a model that is there."""
+"""Weights that are there: to start from, and to learn from."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ class Start:
         except Exception as e:  # pickle, safetensors and torch each have their own kinds
             raise UsageError(f"Cannot start from {weights} ({first_line(e).rstrip('.')}): get it again.") from e
 
-    @property
-    def data_config(self) -> dict[str, Any]:
-        """How the weights want their images, as far as it is known."""
+    def data_config(self, in_chans: int) -> dict[str, Any]:
+        """How the weights want their images of `in_chans` channels, as far as it is known."""
         cfg: Any = getattr(self.model, "pretrained_cfg", {})
-        return {k: cfg[k] for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode") if cfg.get(k) is not None}
+        found = {k: cfg[k] for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode") if cfg.get(k) is not None}
+        for k in {"mean", "std"} & found.keys():
+            found[k] = same_for_all(found[k], in_chans)
+        return found
 
     def give(self, model: nn.Module, *, classifier: bool) -> None:
         """Give a model of the same architecture these weights; its own classifier stays as it is unless `classifier`.
@@ -84,6 +87,11 @@ class Start:
             if head.origin:
                 head.origin |= {"from": self.weights, "license": cfg.get("license")}
         return model
+
+
+def same_for_all(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """Statistics of colour channels for images of another number of channels, such as grey ones: their mean."""
+    return tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
 
 
 def ready_model(name: str, in_chans: int | None = None, img_size: int | None = None) -> Any:
