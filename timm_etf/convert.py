@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -56,8 +55,8 @@ class Settings:
 
     Without images the classifier is exchanged for the frame nearest to its rows, and nothing else. With images the
     frame is turned until it says most nearly what the classifier said of them, and then the backbone is tuned: with
-    --images to what the original says, which takes no labels, with --data-dir to the labels. The tuning is a run of
-    timm-etf pretrain, in OUT/tuning; what comes out of all is OUT/export.
+    --images to what the original says, which takes no labels, with --data-dir to the labels. OUT/turned is what the
+    frame alone has made of it, OUT/tuning the run of timm-etf pretrain, OUT/export what comes out of all.
     """
 
     name: tyro.conf.Positional[str]
@@ -71,12 +70,12 @@ class Settings:
     """Folder with train and validation, one folder per class of the checkpoint in each."""
     img_size: int | None = None
     """Image side in pixels; by default the checkpoint's own."""
-    epochs: int = 4
+    epochs: int = 1
     """Passes over the images that tune the backbone, of which the best is kept; 0 leaves it as it is."""
     batch_size: int = 32
     """Images of a step."""
-    lr: float = 3e-5
-    """Peak learning rate of AdamW; several times as much makes a checkpoint forget."""
+    lr: float = 1e-5
+    """Peak learning rate of AdamW; several times as much makes a checkpoint forget what the images do not show."""
     amp: Literal["no", "fp16", "bf16"] | None = None
     """Mixed precision; by default what accelerate was launched with."""
     seed: int = 0
@@ -131,7 +130,6 @@ def run(settings: Settings) -> str:
     pretrain(config)
     _tell_what_was_before(config.out / "export", settings.out / "turned")
     os.replace(config.out / "export", folder)
-    shutil.rmtree(settings.out / "turned")
     return _summary(settings, folder)
 
 
