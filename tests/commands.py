@@ -25,6 +25,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         *(
+            "timm_etf.convert",
             "timm_etf.pretrain.loop",
             "timm_etf.transfer.run",
             "timm_etf.studies.geometry",

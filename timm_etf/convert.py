@@ -27,7 +27,7 @@ from timm_etf.pretrain import data
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.loop import pretrain
 from timm_etf.pretrain.objective import divergence
-from timm_etf.pretrain.setup import resolve_data_config
+from timm_etf.pretrain.setup import img_size_argument, resolve_data_config
 from timm_etf.processes import processes
 from timm_etf.ready import Start
 from timm_etf.report.results import write as write_results
@@ -122,8 +122,11 @@ def run(settings: Settings) -> str:
         **RECIPE,
     )
     config.check()
+    if sized := img_size_argument(config):
+        start = Start(settings.name, **sized)
     if not (settings.out / "turned").exists():
         _turn(config, start, settings.out / "turned", settings.name)
+    _require_same(settings)
     if not settings.epochs:
         os.replace(settings.out / "turned", folder)
         return _summary(settings, folder)
@@ -150,6 +153,14 @@ def _check(settings: Settings) -> None:
             "timm-etf convert runs in one process. On several: with --epochs 0 first, then launch timm-etf pretrain "
             "with --init local-dir:OUT/export --keep-classifier --distill NAME."
         )
+
+
+def _require_same(settings: Settings) -> None:
+    """Refuse to continue the conversion of another checkpoint."""
+    config = json.loads((settings.out / "turned" / "config.json").read_text(encoding="utf-8"))
+    name = next(iter(config["etf"]["origin"].values()))["from"]
+    if name != settings.name:
+        raise UsageError(f"{settings.out} was begun with {name}, not {settings.name}: choose another --out.")
 
 
 def _ready(name: str) -> tuple[Start, dict[str, Any]]:
@@ -292,6 +303,10 @@ def _tell_what_was_before(folder: Path, before: Path) -> None:
     hub.write_card(folder)
 
 
+_UNTRAINED = "epoch-0000-step-000000"
+"""Name of the checkpoint that a tuning begins with."""
+
+
 def _summary(settings: Settings, folder: Path) -> str:
     """What came out, and what to type next."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -300,14 +315,17 @@ def _summary(settings: Settings, folder: Path) -> str:
     lines = [f"{settings.name} under a fixed frame ({config['etf']['frame']}), mean cosine with its classifier {near}"]
     if source.get("teacher"):
         stages = [("exchanged", source["exchanged"]), ("frame turned", source.get("before", source))]
-        stages += [("backbone tuned", source)] if "before" in source else []
+        tuned = "before" in source and not source["exported"].endswith(_UNTRAINED)
+        stages += [("backbone tuned", source)] if tuned else []
         shown = ", ".join(f"{stage} {found['top1']:.1f} %" for stage, found in stages)
         lines.append(f"same answer on {source['count']} held-out images: {shown}")
+        if "before" in source and not tuned:
+            lines.append("tuning the backbone kept no more of them, so it is left as it was")
     elif source:
         lines.append(f"top-1 {source['before']['top1']:.1f} -> {source['top1']:.1f} % on {source['count']} images")
     lines.append(f"model: {folder}")
     if source:
-        lines.append(f"next:  timm-etf transfer --models local-dir:{folder} {settings.name} --targets ... --out OUT")
+        lines.append(f"next:  timm-etf transfer --models local-dir:{folder} {settings.name} --targets DATA --out OUT")
     else:
         lines.append(f"next:  timm-etf convert {settings.name} --images FOLDER --out OUT keeps more of its answers")
     return "\n".join(lines)

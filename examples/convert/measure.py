@@ -29,8 +29,8 @@ def stages(out: Path, size: int) -> dict[str, Any]:
         "original": timm.create_model(name, pretrained=True),
         "random simplex": timm_etf.fix_classifier(timm.create_model(name, pretrained=True)),
         "exchanged": timm_etf.fix_classifier(timm.create_model(name, pretrained=True), frame="nearest"),
-        "frame turned": timm_etf.create_model(f"local-dir:{out / f'turned{size}' / 'export'}", pretrained=True),
-        "backbone tuned": timm_etf.create_model(f"local-dir:{out / f'tuned{size}' / 'export'}", pretrained=True),
+        "frame turned": timm_etf.create_model(f"local-dir:{out / f'conv{size}' / 'turned'}", pretrained=True),
+        "backbone tuned": timm_etf.create_model(f"local-dir:{out / f'conv{size}' / 'export'}", pretrained=True),
     }
     return {stage: model.eval() for stage, model in found.items()}
 
@@ -66,7 +66,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axis, name in zip(axes, SETS, strict=True):
         for marker, (model, sets) in zip("os^", found.items(), strict=True):
             rows = [sets[name][stage] for stage in STAGES]
-            errors = [[r["top1"] - r["top1_interval"][0] for r in rows], [r["top1_interval"][1] - r["top1"] for r in rows]]
+            errors = [
+                [r["top1"] - r["top1_interval"][0] for r in rows],
+                [r["top1_interval"][1] - r["top1"] for r in rows],
+            ]
             axis.errorbar(range(len(rows)), [r["top1"] for r in rows], errors, marker=marker, capsize=2, label=model)
         axis.set_xticks(range(len(STAGES)), [stage.replace(" ", "\n") for stage in STAGES])
         axis.set(title=f"{name} ({rows[0]['images']})", ylim=(0, 100))

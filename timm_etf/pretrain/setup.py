@@ -128,7 +128,7 @@ def setup(config: PretrainConfig) -> Run:
         require_new_folder(config.out, "continue that run with --resume, or choose another --out")
     accelerator = _accelerator(config)
     start = _start(config)
-    taught = teacher(config.distill, in_chans=config.in_chans, **_img_size(config)) if config.distill else None
+    taught = teacher(config.distill, in_chans=config.in_chans, **img_size_argument(config)) if config.distill else None
     task = data.open_task(config, getattr(taught, "num_classes", None))
     settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes)
     if config.resume:
@@ -229,7 +229,7 @@ def _start(config: PretrainConfig) -> Start | None:
     resumed = config.resume and checkpoint.all_of(config.out)
     if not config.initial_weights or (resumed and not config.keep_classifier):
         return None
-    return Start(config.initial_weights, in_chans=config.in_chans, **_img_size(config))
+    return Start(config.initial_weights, in_chans=config.in_chans, **img_size_argument(config))
 
 
 def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int, start: Start | None = None) -> nn.Module:
@@ -251,7 +251,7 @@ def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int, sta
             base_name(name) if keep else name,
             num_classes=num_classes,
             in_chans=config.in_chans,
-            **_img_size(config),
+            **img_size_argument(config),
             **kwargs,
         )
         if start:
@@ -325,7 +325,7 @@ def _schedule(optimizer: Any, config: PretrainConfig, steps_per_epoch: int) -> A
     )[0]
 
 
-def _img_size(config: PretrainConfig) -> dict[str, Any]:
+def img_size_argument(config: PretrainConfig) -> dict[str, Any]:
     """`img_size` for the architectures whose input size is fixed when they are built; the others take any."""
     cfg = timm.get_pretrained_cfg(config.architecture)
     return {"img_size": config.img_size} if config.img_size and cfg is not None and cfg.fixed_input_size else {}
