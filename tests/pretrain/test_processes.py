@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,16 @@ def test_two_processes_are_interrupted_and_resumed_exactly(images: Path, two: Pa
     assert not (out / "export").exists()
     commands.run_ranks(2, *arguments(images, out, *SHORT, "--resume"))
     assert_same(out, two)
+
+
+def test_a_process_that_sees_no_checkpoint_stops_all(images: Path, two: Path, tmp_path: Path) -> None:
+    for name in ("shared", "own"):  # as where each machine has a disk of its own
+        shutil.copytree(two, tmp_path / name)
+    shutil.rmtree(tmp_path / "own" / "checkpoints")
+    arguments_ = arguments(images, tmp_path / "shared", *SHORT, "--resume")
+    ranks = commands.start_ranks(2, *arguments_, more=[(), ("--out", tmp_path / "own")])
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    assert "The processes see different checkpoints" in ranks[0].stderr
 
 
 def test_different_frames_are_refused(images: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from timm_etf.atomic import UNFINISHED
 from timm_etf.errors import UsageError, first_line
@@ -101,8 +102,13 @@ def load_newest(accelerator: Accelerator, out: Path) -> Position:
         Its position; the start if the run was stopped before its first checkpoint.
 
     Raises:
-        UsageError: If there are checkpoints, and none can be read.
+        UsageError: If there are checkpoints and none can be read, or some processes see others than the rest.
     """
+    seen = gather_object([[checkpoint.name for checkpoint in all_of(out)]])
+    if any(names != seen[0] for names in seen):
+        raise UsageError(
+            f"The processes see different checkpoints in {out}: it has to be one folder that all machines share."
+        )
     position, damaged = Position(), dict[Path, str]()
     for checkpoint in reversed(all_of(out)):
         problem = ""

@@ -104,7 +104,7 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
                     advised.add(faster)
                     bar.write(f"faster with {faster}")
                 log.append({"epoch": epoch + 1, "lr": run.step.lr, **metrics})
-            accelerator.log({k: v for k, v in metrics.items() if k != "seconds"}, step=epoch + 1)
+            _track(run, metrics, epoch + 1)
             _save(run, clock)
             watch.saved()
     return metrics
@@ -157,6 +157,14 @@ def _validate(run: Run) -> dict[str, Any]:
         return score(run.step.model)
     raw = score(run.step.model)
     return {**score(run.step.ema.module), "raw_top1": raw["top1"]}
+
+
+def _track(run: Run, metrics: dict[str, Any], epoch: int) -> None:
+    """Hand an epoch on to the tracker; one that fails, as without a network, costs no run."""
+    try:
+        run.accelerator.log({k: v for k, v in metrics.items() if k != "seconds"}, step=epoch)
+    except Exception as e:  # each tracker has its own kinds
+        print(f"warning: the tracker missed epoch {epoch} ({one_line(e)}); log.jsonl has it", file=sys.stderr)
 
 
 def _save(run: Run, clock: Clock) -> Path:
@@ -214,7 +222,8 @@ def _draw(run: Run) -> None:
     """Draw curves.png; a picture that cannot be drawn costs no run."""
     if run.accelerator.is_main_process:
         try:
-            curves.draw(run.config.out / "log.jsonl", run.config.out / "curves.png")
+            log, picture = run.config.out / "log.jsonl", run.config.out / "curves.png"
+            curves.draw(log, picture, taught=run.config.distill is not None)
             if not find_spec("matplotlib"):
                 print("curves.png takes matplotlib: pip install matplotlib", file=sys.stderr)
         except Exception as e:  # matplotlib's kinds are many
@@ -279,7 +288,7 @@ class _Log:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["epoch"] <= position.epoch:
+                if json.loads(line)["epoch"] <= position.epoch and position != Position():
                     kept.append(line)
             except ValueError:  # the last line of a run that was killed while writing it
                 break

@@ -24,12 +24,13 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
 """Keys of log.jsonl by panel, with the label and the style of their line."""
 
 
-def draw(log: Path, path: Path) -> Path | None:
+def draw(log: Path, path: Path, *, taught: bool = False) -> Path | None:
     """Draw log.jsonl of a run, one panel for each kind of number that it has.
 
     Args:
         log: The run's log.jsonl.
         path: PNG file to write.
+        taught: Whether what is counted as right is what a teacher answers.
 
     Returns:
         The path; None if there is nothing to draw, or nothing to draw with (matplotlib).
@@ -53,6 +54,8 @@ def draw(log: Path, path: Path) -> Path | None:
         axes = figure.subplots(rows, 3, squeeze=False).flatten()
         for axis, title in zip(axes, panels, strict=False):
             _panel(axis, epochs, title)
+            if taught and title.startswith("Accuracy"):
+                axis.set_title("Same answer as the teacher (%)")
         if timed:
             _time(axes[len(panels)], timed)
         for axis in axes[:count]:
