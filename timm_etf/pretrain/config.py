@@ -106,11 +106,11 @@ class PretrainConfig:
     in_chans: Literal[1, 3] = 3
     """Image channels: 3 for colour, 1 for grey."""
     mean: tuple[float, ...] | None = None
-    """Channel means of the normalisation; by default the architecture's own."""
+    """Channel means of the normalisation; by default those of --init or the architecture."""
     std: tuple[float, ...] | None = None
-    """Channel standard deviations of the normalisation; by default the architecture's own."""
+    """Channel standard deviations of the normalisation; by default those of --init or the architecture."""
     crop_pct: float | None = None
-    """Share of the resized side that validation crops; by default the architecture's own."""
+    """Share of the resized side that validation crops; by default that of --init or the architecture."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area range of the random resized crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
