@@ -89,7 +89,7 @@ def test_turned_and_tuned_to_the_answers_of_the_original(images: Path, tmp_path:
     net.fc.weight.data.mul_(100)  # so that it is sure of what it says
     name = f"local-dir:{hub.export(net, tmp_path / 'original')}"
     arguments = {"images": images, "lr": 1e-3, "batch_size": 16, **SIZE}
-    said = run(Settings(name=name, out=tmp_path / "turned", epochs=0, **arguments))
+    said = run(Settings(name=name, out=tmp_path / "turned", **arguments))
     assert re.search(r"exchanged .* %, frame turned .* %$", said, re.MULTILINE)
     said = run(Settings(name=name, out=tmp_path / "tuned", epochs=3, **arguments))
     turned, tuned = (
@@ -232,8 +232,9 @@ def test_divergence_is_that_of_float64() -> None:
         ({"name": "test_resnet"}, r"Cannot start from test_resnet \(.*\): check its name"),  # no network
         ({"name": "local-dir:nowhere"}, "nowhere"),
         ({"images": Path("nowhere")}, "No folder nowhere"),
-        ({"images": Path("."), "data_dir": Path(".")}, "give one of the two"),
+        ({"images": Path("."), "data_dir": Path("."), "epochs": 1}, "give one of the two"),
         ({"epochs": -1}, "must be 0 or more"),
+        ({"data_dir": Path(".")}, "must be 1 or more to learn labels"),
     ],
 )
 def test_what_cannot_be_converted(ready: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -268,6 +269,7 @@ def test_models_and_images_that_cannot_be_used(images: Path, ready: Path, tmp_pa
         "has 7 classes and .* 5: they differ",
         hub.export(timm.create_model("test_resnet", num_classes=7), tmp_path / "seven"),
         data_dir=images,
+        epochs=1,
     )
 
 

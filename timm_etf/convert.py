@@ -54,9 +54,10 @@ class Settings:
     """Put a ready checkpoint under the fixed frame nearest to its classifier, and tune the backbone to it.
 
     Without images the classifier is exchanged for the frame nearest to its rows, and nothing else. With images the
-    frame is turned until it says most nearly what the classifier said of them, and then the backbone is tuned: with
-    --images to what the original says, which takes no labels, with --data-dir to the labels. OUT/turned is what the
-    frame alone has made of it, OUT/tuning the run of timm-etf pretrain, OUT/export what comes out of all.
+    frame is turned until it says most nearly what the classifier said of them; the backbone stays as it is. With
+    --epochs it is then tuned: with --images to what the original says, which takes no labels, with --data-dir to the
+    labels. OUT/export is what comes out; OUT/turned is what the frame alone has made of it, OUT/tuning the run of
+    timm-etf pretrain.
     """
 
     name: tyro.conf.Positional[str]
@@ -70,8 +71,8 @@ class Settings:
     """Folder with train and validation, one folder per class of the checkpoint in each."""
     img_size: int | None = None
     """Image side in pixels; by default the checkpoint's own."""
-    epochs: int = 1
-    """Passes over the images that tune the backbone, of which the best is kept; 0 leaves it as it is."""
+    epochs: int = 0
+    """Passes over the images that tune the backbone, of which the best is kept, if it is better than none."""
     batch_size: int = 32
     """Images of a step."""
     lr: float = 1e-5
@@ -142,16 +143,18 @@ def _check(settings: Settings) -> None:
     for folder in filter(None, (settings.images, settings.data_dir)):
         if not folder.is_dir():
             raise UsageError(f"No folder {folder}: give one of images.")
-    if settings.epochs < 0:
-        raise UsageError(f"--epochs must be 0 or more, got {settings.epochs}.")
+    least = 1 if settings.data_dir else 0
+    if settings.epochs < least:
+        what = "1 or more to learn labels" if least else "0 or more"
+        raise UsageError(f"--epochs must be {what}, got {settings.epochs}.")
     if (settings.out / "export").exists():
         raise UsageError(f"{settings.out} holds a converted checkpoint already: choose another --out.")
     if not settings.resume:
         require_new_folder(settings.out, "continue there with --resume, or choose another --out")
     if processes().num_processes > 1:
         raise UsageError(
-            "timm-etf convert runs in one process. On several: with --epochs 0 first, then launch timm-etf pretrain "
-            "with --init local-dir:OUT/export --keep-classifier --distill NAME."
+            "timm-etf convert runs in one process. To tune on several, launch timm-etf pretrain afterwards, with "
+            "--init local-dir:OUT/export --keep-classifier --freeze-bn and, without labels, --distill NAME."
         )
 
 

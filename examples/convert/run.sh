@@ -8,6 +8,6 @@ data=$1 out=$2
 
 python "$here/prepare.py" --data-root "$data" --out "$out"
 for size in 0 1 2; do
-    timm-etf convert "local-dir:$out/lite$size" --images "$out/images" --img-size 128 --out "$out/conv$size"
+    timm-etf convert "local-dir:$out/lite$size" --images "$out/images" --img-size 128 --epochs 1 --out "$out/conv$size"
 done
 python "$here/measure.py" "$out"
