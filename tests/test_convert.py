@@ -15,6 +15,7 @@ from torch import nn
 
 import timm_etf
 from tests import commands
+from tests.pretrain.conftest import shards as shards
 from tests.pretrain.runs import config, lines, wait_for_checkpoint, weights
 from tests.test_ready import trained
 from timm_etf import UsageError, hub
@@ -166,6 +167,27 @@ def test_a_folder_without_splits_is_divided(tmp_path: Path, ready: Path) -> None
     source = json.loads((tmp_path / "run" / "results.json").read_text())["source"]
     assert (source["count"], source["train_images"]) == (3, 27)
     assert weights(tmp_path / "run")["fc.weight"].shape == (5, 96)
+
+
+def test_a_teacher_with_a_stream_an_average_and_accumulation(shards: Path, ready: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "dataset": "wds/",
+        "train_split": "train-{0000..0001}.tar|122",
+        "val_split": "validation-0000.tar|37",
+        "distill": f"local-dir:{ready}",
+        "model_ema": True,
+        "model_ema_decay": 0.5,
+        "grad_accum_steps": 2,
+        "cutmix": 1.0,
+        "epochs": 3,
+        "opt": "adamw",
+        "lr": 0.003,
+    }
+    pretrain(config(shards, tmp_path / "run", **settings))  # another backbone, from nothing, under a random frame
+    log = lines(tmp_path / "run")
+    assert [line["epoch"] for line in log] == [1, 2, 3]
+    assert log[-1]["count"] == 37
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
 
 
 def test_tuned_to_labels(images: Path, ready: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError
+from timm_etf.geometry import ClassMoments, collapse, merged
 from timm_etf.loading.loader import Loader, Pixels
 from timm_etf.pretrain.objective import divergence, features_into
 from timm_etf.pretrain.sharding import in_step
@@ -69,34 +70,43 @@ def validate(
     if count == 0:
         raise UsageError("The validation split gave no image.")
     found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "count": int(count)}
-    return found | geometry.compute(accelerator.is_main_process)
+    return found | geometry.compute(accelerator)
 
 
 class _Geometry:
     """Collapse metrics of what enters a model's first classifier."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        from timm_etf.geometry.metrics import CollapseMetrics  # two seconds, which wrong input need not wait for
-
         head: Any = model.get_submodule(classifier_names(model)[0])
         self.dim = head.in_features if hasattr(head, "in_features") else head.in_channels
         weight = head.weight.flatten(1)
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        metric = CollapseMetrics(len(weight), self.dim, weight if weight.shape[1] == self.dim else None)
-        self.metric = metric.to(exact_device(device))
+        self.weight = weight if weight.shape[1] == self.dim else None
+        self.moments = ClassMoments.empty(len(weight), self.dim, exact_device(device))
 
     def add(self, features: list[Tensor], labels: Tensor) -> None:
         """Add a batch, except of a classifier in front of the pooling: it receives maps, and no one feature."""
         x = features[-1][: len(labels)].flatten(1)
         if len(labels) and x.shape[1] == self.dim:
-            self.metric.update(x, labels)
+            self.moments.update(x, labels)
 
-    def compute(self, is_main_process: bool) -> dict[str, float]:
-        """Metrics over all processes, all of which have to call this; only the main one computes them."""
-        with self.metric.sync_context():
-            moments = self.metric.moments() if is_main_process else None
-        if moments is None or not moments.count.any() or not moments.norm.isfinite():
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
+        """Metrics over all processes, all of which have to call this; only the main one receives and computes them."""
+        moments = self.moments
+        if accelerator.num_processes > 1:
+            parts = {name: _to_the_main_process(t, accelerator) for name, t in moments.tensors().items()}
+            if not accelerator.is_main_process:
+                return {}
+            moments = merged(ClassMoments(*tensors) for tensors in zip(*parts.values(), strict=True))
+        if not moments.count.any() or not moments.norm.isfinite():
             return {}
-        from timm_etf.geometry import collapse
+        weight = None if self.weight is None else self.weight.to(moments.mean.device)
+        return {k: v for k, v in collapse(moments, weight).items() if math.isfinite(v)}
 
-        return {k: v for k, v in collapse(moments, self.metric.weight).items() if math.isfinite(v)}
+
+def _to_the_main_process(tensor: Tensor, accelerator: Accelerator) -> list[Tensor]:
+    """One tensor of each process, on the main one; nothing on the others, which need not hold all of them."""
+    count = accelerator.num_processes if accelerator.is_main_process else 0
+    received = [torch.empty_like(tensor) for _ in range(count)]
+    torch.distributed.gather(tensor.contiguous(), received or None)
+    return received
