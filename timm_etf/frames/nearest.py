@@ -125,7 +125,7 @@ def turned(
         >>> frame, scale = turned(nearest(classifier), 3.0, features, logits)
         >>> both = [f.float() @ features.T for f in (nearest(classifier), frame)]
         >>> [round((said.argmax(0) == logits.argmax(1)).float().mean().item(), 2) for said in both]
-        []
+        [0.84, 0.97]
     """
     rows_KD = frame.to(features.device, torch.float32)
     left, singular, right = torch.linalg.svd(rows_KD.double(), full_matrices=False)
