@@ -330,5 +330,5 @@ def _summary(settings: Settings, folder: Path) -> str:
     if source:
         lines.append(f"next:  timm-etf transfer --models local-dir:{folder} {settings.name} --targets DATA --out OUT")
     else:
-        lines.append(f"next:  timm-etf convert {settings.name} --images FOLDER --out OUT keeps more of its answers")
+        lines.append(f"next:  timm-etf convert {settings.name} --images FOLDER --out OUT   # keeps more of its answers")
     return "\n".join(lines)
