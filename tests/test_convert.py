@@ -146,7 +146,7 @@ def test_positions_are_adapted_to_the_size_of_the_images(images: Path, tmp_path:
     assert fixed(torch.randn(2, 3, 64, 64)).shape == (2, 10)
     other = hub.export(trained("test_vit", 10), tmp_path / "other")
     (tmp_path / "out" / "export").rename(tmp_path / "away")
-    with pytest.raises(UsageError, match=r"was begun with local-dir:.*base, not local-dir:.*other"):
+    with pytest.raises(UsageError, match=r"was begun with name local-dir:.*base, now it is local-dir:.*other"):
         run(Settings(name=f"local-dir:{other}", out=tmp_path / "out", resume=True, **settings))
 
 
@@ -246,6 +246,54 @@ def test_divergence_is_that_of_float64() -> None:
     assert torch.allclose(divergence(x, x), torch.zeros(7), atol=1e-6)
 
 
+def test_what_was_held_out_stays_so(ready: Path, tmp_path: Path) -> None:
+    """Another division on a resume would validate on images that were learned."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    name = f"local-dir:{ready}"
+    same: dict[str, Any] = {"init": name, "distill": name, "keep_classifier": True, "batch_size": 2, "epochs": 2}
+    pretrain(config(folder, tmp_path / "run", **same))
+    turned: dict[str, Any] = {"name": name, "images": folder, "batch_size": 4, **SIZE}
+    run(Settings(out=tmp_path / "out", **turned))
+    (tmp_path / "out" / "export").rename(tmp_path / "out" / "turned")  # as if it had been stopped there
+    with pytest.raises(UsageError, match="was begun with seed 0, now it is 1"):
+        run(Settings(out=tmp_path / "out", resume=True, seed=1, **turned))
+    (folder / "7.png").rename(folder / "another.png")
+    with pytest.raises(UsageError, match=r"was begun with images .*, now it is"):
+        run(Settings(out=tmp_path / "out", resume=True, **turned))
+    with pytest.raises(UsageError, match="it was started with held_out"):
+        pretrain(config(folder, tmp_path / "run", **same, resume=True))
+    with pytest.raises(UsageError, match="lies among the images"):
+        run(Settings(out=folder / "out", **turned))
+
+
+def test_names_of_classes_are_kept_and_not_mistaken(images: Path, ready: Path, tmp_path: Path) -> None:
+    names = [f"class{k}" for k in (1, 0, 2, 3, 4)]  # the folders are in another order
+    base = hub.export(timm.create_model(f"local-dir:{ready}", pretrained=True), tmp_path / "base", label_names=names)
+    name = f"local-dir:{base}"
+    run(Settings(name=name, out=tmp_path / "out", images=images, epochs=1, batch_size=16, **SIZE))
+    assert json.loads((tmp_path / "out" / "export" / "config.json").read_text())["label_names"] == names
+    with pytest.raises(UsageError, match="in another order"):
+        run(Settings(name=name, out=tmp_path / "labelled", data_dir=images, epochs=1, batch_size=16, **SIZE))
+
+
+def test_a_student_that_started_from_nothing_kept_nothing(images: Path, ready: Path, tmp_path: Path) -> None:
+    grey = tmp_path / "grey" / "export"
+    pretrain(config(images, tmp_path / "grey", model="test_resnet", in_chans=1))
+    settings: dict[str, Any] = {"distill": f"local-dir:{grey}", "in_chans": 1, "smoothing": 0.2}
+    pretrain(config(images, tmp_path / "run", **settings))
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "What was learned from" in card
+    assert "What was kept" not in card
+    assert "backbone was not tuned" not in card
+    assert "smoothing" not in card
+    assert f"| distill | local-dir:{grey} |" in card
+    assert "One training with one seed" in card
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -256,6 +304,8 @@ def test_divergence_is_that_of_float64() -> None:
         ({"images": Path("nowhere")}, "No folder nowhere"),
         ({"images": Path("."), "data_dir": Path("."), "epochs": 1}, "give one of the two"),
         ({"epochs": -1}, "must be 0 or more"),
+        ({"name": "hf:ORG/NAME"}, "is no name of timm's"),
+        ({"epochs": 2}, "are for images"),
         ({"data_dir": Path(".")}, "must be 1 or more to learn labels"),
     ],
 )
@@ -268,7 +318,7 @@ def test_what_cannot_be_converted(ready: Path, tmp_path: Path, changes: dict[str
 def test_models_and_images_that_cannot_be_used(images: Path, ready: Path, tmp_path: Path) -> None:
     def refused(says: str, name: Path, **settings: Any) -> None:
         with pytest.raises(UsageError, match=says) as e:
-            run(Settings(name=f"local-dir:{name}", out=tmp_path / "out", **SIZE, **settings))
+            run(Settings(name=f"local-dir:{name}", out=tmp_path / "out", **(SIZE if settings else {}), **settings))
         assert "\n" not in str(e.value)
         assert not (tmp_path / "out").exists()
 
@@ -300,6 +350,7 @@ def test_models_and_images_that_cannot_be_used(images: Path, ready: Path, tmp_pa
     [
         ({"keep_classifier": True}, "--keep-classifier needs weights to start from"),
         ({"init": "x", "keep_classifier": True, "fsdp": True}, "does not work on shards"),
+        ({"distill": "READY", "loss": "dot_regression"}, "has a loss of its own"),
         ({"distill": "FILE"}, "Cannot start from .*: check its name"),
         ({"distill": "READY", "num_classes": 4}, "learns the 5 classes"),
         ({"init": "READY", "keep_classifier": True, "model_kwargs": ("frame=gaussian",)}, "leave out --model-kwargs"),

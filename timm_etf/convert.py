@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_etf import hub
-from timm_etf.atomic import require_new_folder
+from timm_etf.atomic import require_new_folder, write_json
 from timm_etf.classifier import classifier_names, fixed_classifiers
-from timm_etf.errors import UsageError
+from timm_etf.errors import UsageError, first_line
 from timm_etf.frames.nearest import mean_cosine, turned
 from timm_etf.hub.load import locate
 from timm_etf.loading.loader import Pixels
@@ -28,7 +29,7 @@ from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.loop import pretrain
 from timm_etf.pretrain.objective import divergence
 from timm_etf.pretrain.setup import img_size_argument, resolve_data_config
-from timm_etf.processes import processes
+from timm_etf.processes import exact_device, processes
 from timm_etf.ready import Start
 from timm_etf.report.results import write as write_results
 from timm_etf.variants import SUFFIX, base_name
@@ -105,7 +106,7 @@ def run(settings: Settings) -> str:
     cfg = model.pretrained_cfg
     config = PretrainConfig(
         model=base_name(cfg["architecture"]) + SUFFIX,
-        init=f"local-dir:{settings.out / 'turned'}",
+        init=f"local-dir:{(settings.out / 'turned').resolve()}",
         keep_classifier=True,
         distill=settings.name if settings.images else None,
         data_dir=images,
@@ -125,9 +126,17 @@ def run(settings: Settings) -> str:
     config.check()
     if sized := img_size_argument(config):
         start = Start(settings.name, **sized)
-    if not (settings.out / "turned").exists():
-        _turn(config, start, settings.out / "turned", settings.name)
-    _require_same(settings)
+    task = data.open_task(config, model.num_classes if config.distill else None)
+    _require_same_classes(settings, model, task)
+    begun = settings.out / "convert.json"
+    what = {"name": settings.name, "seed": settings.seed, "img_size": config.img_size, "images": task.held_out}
+    what |= {"data": str(images.resolve())}
+    if not begun.exists():
+        _turn(config, start, task, settings.out / "turned", settings.name)
+        write_json(begun, what)
+    _require_same(begun, what)
+    if config.out.exists() and not config.resume:  # killed before its first checkpoint
+        shutil.rmtree(config.out)
     if not settings.epochs:
         os.replace(settings.out / "turned", folder)
         return _summary(settings, folder)
@@ -147,6 +156,8 @@ def _check(settings: Settings) -> None:
     if settings.epochs < least:
         what = "1 or more to learn labels" if least else "0 or more"
         raise UsageError(f"--epochs must be {what}, got {settings.epochs}.")
+    if not (settings.images or settings.data_dir) and (settings.epochs or settings.img_size):
+        raise UsageError("--epochs and --img-size are for images: give some with --images or --data-dir.")
     if (settings.out / "export").exists():
         raise UsageError(f"{settings.out} holds a converted checkpoint already: choose another --out.")
     if not settings.resume:
@@ -158,18 +169,34 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _require_same(settings: Settings) -> None:
-    """Refuse to continue the conversion of another checkpoint."""
-    config = json.loads((settings.out / "turned" / "config.json").read_text(encoding="utf-8"))
-    name = next(iter(config["etf"]["origin"].values()))["from"]
-    if name != settings.name:
-        raise UsageError(f"{settings.out} was begun with {name}, not {settings.name}: choose another --out.")
+def _require_same_classes(settings: Settings, model: Any, task: data.Task) -> None:
+    if task.num_classes != model.num_classes:
+        raise UsageError(
+            f"{settings.name} has {model.num_classes} classes and {settings.data_dir} {task.num_classes}: they differ."
+        )
+    names = model.pretrained_cfg.get("label_names")
+    if task.class_names and names and list(names) != task.class_names:
+        raise UsageError(f"{settings.data_dir} has other classes, or in another order, than {settings.name} names.")
+
+
+def _require_same(begun: Path, what: dict[str, Any]) -> None:
+    """Refuse to continue with another checkpoint or other images: those held out might have been learned from."""
+    recorded = json.loads(begun.read_text(encoding="utf-8"))
+    for key, value in what.items():
+        if recorded.get(key) != value:
+            raise UsageError(
+                f"{begun.parent} was begun with {key} {recorded.get(key)}, now it is {value}: choose another --out."
+            )
 
 
 def _ready(name: str) -> tuple[Start, dict[str, Any]]:
     """The weights, and the arguments that their architecture was made with."""
     model_args: dict[str, Any] = {}
-    if parse_model_name(name)[0] is not None:
+    try:
+        source = parse_model_name(name)[0]
+    except ValueError as e:
+        raise UsageError(f"{name} is no name of timm's ({first_line(e)}).") from None
+    if source is not None:
         located = locate(name)
         own = ("in_chans", "img_size", "num_classes")  # which are options of their own
         model_args = {k: v for k, v in located.config.get("model_args", {}).items() if k not in own}
@@ -185,20 +212,15 @@ def _ready(name: str) -> tuple[Start, dict[str, Any]]:
     return start, model_args
 
 
-def _turn(config: PretrainConfig, start: Start, folder: Path, name: str) -> None:
+def _turn(config: PretrainConfig, start: Start, task: data.Task, folder: Path, name: str) -> None:
     """Exchange the classifiers, turn their frames by images, and export with how often both agree."""
     model: Any = start.model
-    task = data.open_task(config, model.num_classes if config.distill else None)
-    if task.num_classes != model.num_classes:
-        raise UsageError(
-            f"{name} has {model.num_classes} classes and {config.data_dir} {task.num_classes}: they differ."
-        )
     data_config = resolve_data_config(config, model, start)
     task.train.transform, task.val.transform = data.transforms(config, data_config)  # type: ignore[attr-defined]
     data.check_images(task.train, task.val)
     train, val = data.TrainLoader(task.train, config, 0, 1), data.val_loader(task.val, config, 0, 1)
     looks = min(LOOKS, MOST_OF_EACH * train.num_samples)
-    device = processes().device
+    device = exact_device(processes().device)
     model.to(device, memory_format=torch.channels_last)
     pixels = Pixels(data_config, device, channels_last=True)
     heads = {n: model.get_submodule(n) for n in classifier_names(model)}
@@ -213,10 +235,10 @@ def _turn(config: PretrainConfig, start: Start, folder: Path, name: str) -> None
             says = partial(nn.functional.linear, weight=rows_KD, bias=heads[n].bias)
             frame_KD, scale = turned(unit_KD, fixed.scale, features[n], says, progress=partial(_BAR, desc="turning"))
             fixed.weight.copy_((scale * frame_KD).reshape(fixed.weight.shape))
-            near = {"mean_cosine": round(mean_cosine(rows_KD, frame_KD), 4)}
-            fixed.origin = (
-                (fixed.origin or {}) | near | {"turned_on": f"{len(features[n])} views of {train.num_samples} images"}
-            )
+            near: dict[str, Any] = {"mean_cosine": round(mean_cosine(rows_KD, frame_KD), 4)}
+            if not torch.equal(frame_KD, unit_KD):
+                near["turned_on"] = f"{len(features[n])} views of {train.num_samples} images"
+            fixed.origin = (fixed.origin or {}) | near
         found = _agreement(said, _answers(model, val, pixels))
     finally:
         train.loader.close()
@@ -227,6 +249,7 @@ def _turn(config: PretrainConfig, start: Start, folder: Path, name: str) -> None
         **found,
         "exchanged": exchanged,
     }
+    model.cpu()
     _export(start, folder, {"source": about}, data_config)
 
 
@@ -295,6 +318,7 @@ def _export(start: Start, folder: Path, results: dict[str, Any], data_config: di
         data_config=data_config or timm.data.resolve_data_config(model=model),
         label_names=names,
         results=results,
+        overwrite=True,
     )
 
 
@@ -325,7 +349,8 @@ def _summary(settings: Settings, folder: Path) -> str:
         if "before" in source and not tuned:
             lines.append("tuning the backbone kept no more of them, so it is left as it was")
     elif source:
-        lines.append(f"top-1 {source['before']['top1']:.1f} -> {source['top1']:.1f} % on {source['count']} images")
+        before = f"frame turned {source['before']['top1']:.1f} %"
+        lines.append(f"top-1 on {source['count']} images: {before}, backbone tuned {source['top1']:.1f} %")
     lines.append(f"model: {folder}")
     if source:
         lines.append(f"next:  timm-etf transfer --models local-dir:{folder} {settings.name} --targets DATA --out OUT")

@@ -34,7 +34,7 @@ def draw(results: Checkpoint, log: Path | None, path: Path) -> Path | None:
         )
         axes = figure.subplots(1, (log is not None) + len(parts), squeeze=False)[0]
         if log is not None:
-            _learning(axes[0], log)
+            _learning(axes[0], log, results.get("source", {}).get("teacher"))
         for axis, part in zip(axes[log is not None :], parts, strict=True):
             _transfer(axis, part)
         save(figure, path, dpi=110)
@@ -45,11 +45,14 @@ def _targets(part: Own) -> list[str]:
     return list(dict.fromkeys(t for found in part["protocols"].values() for t in found["targets"]))
 
 
-def _learning(axis: Any, log: Path) -> None:
+def _learning(axis: Any, log: Path, teacher: str | None) -> None:
     epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     for key, label, colour in (("top1", "top-1", _COLOURS[0]), ("top5", "top-5", _COLOURS[1])):
         axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", color=colour, label=label, markersize=3)
-    axis.set(xlabel="epoch", ylabel="accuracy (%)", title="Source task, validation images", ylim=(0, 100))
+    title, label = "Source task, validation images", "accuracy (%)"
+    if teacher:
+        title, label = "Held-out images", "same answer as the teacher (%)"
+    axis.set(xlabel="epoch", ylabel=label, title=title, ylim=(0, 100))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(frameon=False, loc="lower right")

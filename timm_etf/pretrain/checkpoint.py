@@ -36,11 +36,13 @@ class Position:
     """Validation accuracy in percent after the epoch that ends here."""
 
 
-def fingerprint(config: PretrainConfig, num_classes: int, world_size: int) -> dict[str, Any]:
+def fingerprint(
+    config: PretrainConfig, num_classes: int, world_size: int, held_out: str | None = None
+) -> dict[str, Any]:
     """The settings that decide what a run computes; a checkpoint fits a run with the same ones."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_TO_CHANGE}
     settings |= {"architecture": config.architecture, "num_classes": num_classes, "processes": world_size}
-    settings["init"] = config.initial_weights
+    settings["init"], settings["held_out"] = config.initial_weights, held_out
     settings["frame_seed"] = config.seed if config.frame_seed is None else config.frame_seed
     return json.loads(json.dumps(settings, default=str))
 

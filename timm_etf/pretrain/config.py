@@ -296,6 +296,11 @@ class PretrainConfig:
             raise UsageError("--feature-entropy compares the images of a batch: --batch-size must be at least 2.")
         if self.data_dir is None and self.dataset == "folder":
             raise UsageError("Give the images' folder with --data-dir, or a data set with --dataset hfds/NAME.")
+        if self.distill and self.loss != "cross_entropy":
+            raise UsageError("--distill has a loss of its own: leave out --loss.")
+        if self.distill and self.data_dir and not (self.data_dir / self.train_split).exists():
+            if self.out.resolve().is_relative_to(self.data_dir.resolve()):
+                raise UsageError(f"--out {self.out} lies among the images: choose a folder outside of {self.data_dir}.")
         if any(parent.exists() and not parent.is_dir() for parent in (self.out, *self.out.parents)):
             raise UsageError(f"--out {self.out} is a file, or below one: choose a folder.")
         for split in (self.train_split, self.val_split):

@@ -1,10 +1,11 @@
 """Training and validation batches from any timm data set, the same images on any number of processes."""
 
+import hashlib
 import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -40,6 +41,8 @@ class Task:
     val: Dataset[Any]
     num_classes: int
     class_names: list[str] | None
+    held_out: str | None = None
+    """Hash of the names of the images that are held out, where a folder without splits was divided."""
 
 
 def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
@@ -98,7 +101,9 @@ def _open_unlabelled(config: PretrainConfig, num_classes: int) -> Task:
     random.Random(config.seed).shuffle(samples)
     held_out = min(MOST_HELD_OUT, max(1, len(samples) // 10))
     train.reader.samples, val.reader.samples = PackedSamples(samples[held_out:]), PackedSamples(samples[:held_out])
-    return _without_labels(train, val, num_classes)
+    names = "\n".join(os.path.relpath(path, config.data_dir) for path, _ in samples)
+    task = _without_labels(train, val, num_classes)
+    return replace(task, held_out=hashlib.sha256(f"{held_out}\n{names}".encode(errors="surrogateescape")).hexdigest())
 
 
 def _without_labels(train: Any, val: Any, num_classes: int) -> Task:

@@ -71,8 +71,8 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
     advised, clock = {""}, Clock()
     with _progress(run) as bar:
         if config.initial_weights and run.position == Position():  # what they are worth before they are trained
-            run.record()
             metrics = _validate(run)
+            run.record()
             run.position = Position(top1=metrics["top1"])
             if log:
                 bar.write("  ".join(["before training", *_shown(run, metrics)]))
@@ -185,7 +185,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     results["source"]["epochs"], results["source"]["seed"] = config.epochs, config.seed
     if config.distill:
         results["source"]["teacher"] = config.distill
-    if config.initial_weights:
+    if config.initial_weights and accelerator.is_main_process:
         results["source"]["before"] = _before(config.out / "log.jsonl")
     if best:
         results["source"]["exported"] = f"the best of all epochs by these images, {best.name}"

@@ -79,7 +79,7 @@ class Run:
         return min(self.config.grad_accum_steps, self.train.batches_per_epoch - step * self.config.grad_accum_steps)
 
     def record(self) -> None:
-        """Write run.json and start the tracker; only after the first step, so that a failed start leaves nothing."""
+        """Write run.json and start the tracker; not before the first step or validation has worked."""
         if self.on_record:
             return
         self.on_record = True
@@ -130,7 +130,7 @@ def setup(config: PretrainConfig) -> Run:
     start = _start(config)
     taught = teacher(config.distill, in_chans=config.in_chans, **img_size_argument(config)) if config.distill else None
     task = data.open_task(config, getattr(taught, "num_classes", None))
-    settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes)
+    settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes, task.held_out)
     if config.resume:
         checkpoint.check_resume(config.out, settings)
     set_seed(config.seed)
@@ -171,7 +171,8 @@ def setup(config: PretrainConfig) -> Run:
     pixels = Pixels(data_config, accelerator.device, channels_last=channels_last, reprob=config.reprob)
     step = Step(config, accelerator, model, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
-    return Run(config, settings, accelerator, step, train, val, data_config, task.class_names, position)
+    names = taught.pretrained_cfg.get("label_names") if taught else task.class_names
+    return Run(config, settings, accelerator, step, train, val, data_config, names, position)
 
 
 def _accelerator(config: PretrainConfig) -> Accelerator:
@@ -333,10 +334,10 @@ def img_size_argument(config: PretrainConfig) -> dict[str, Any]:
 
 def _require_same_pixels(taught: Any, data_config: dict[str, Any], config: PretrainConfig) -> None:
     """Both look at the same normalised images."""
-    theirs = timm.data.resolve_data_config({}, model=taught)
     for option in ("mean", "std"):
-        if tuple(theirs[option]) != tuple(data_config[option]):
-            values = " ".join(map(str, theirs[option]))
+        theirs = same_for_all(taught.pretrained_cfg[option], config.in_chans)
+        if theirs != tuple(data_config[option]):
+            values = " ".join(map(str, theirs))
             raise UsageError(f"{config.distill} was trained on images of another {option}: use --{option} {values}.")
 
 
