@@ -31,7 +31,8 @@ def main(out: Path) -> None:
         }
         for head in ("random", "learned")
     }
-    write(out / "results.json", {"base": base, "top1": found, "nearest_less": differences})
+    means = {head: {e: float(np.mean(tops)) for e, tops in found[head].items()} for head in HEADS}
+    write(out / "results.json", {"base": base, "top1": found, "mean_top1": means, "nearest_less": differences})
     figure: Any = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for marker, (head, name) in zip("os^", HEADS.items(), strict=True):
