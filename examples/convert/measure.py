@@ -45,7 +45,7 @@ def answers(models: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
 
 
 def agreement(said: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
-    """Percent of equal answers with a 95 % interval (Wilson), of answers among five, and the mean divergence in nats."""
+    """Percent of equal answers with a 95 % interval (Wilson), and among five; mean divergence, nats."""
     answer = said.argmax(1, keepdim=True)
     same = (logits.argmax(1, keepdim=True) == answer).sum().item()
     low, high = binomtest(same, len(said)).proportion_ci(method="wilson")
