@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import timm_etf
 from tests import commands
-from tests.pretrain.runs import arguments, lines, weights
+from tests.pretrain.runs import arguments, config, lines, weights
+from timm_etf.pretrain.loop import pretrain
 
 SHORT = ("--epochs", 2, "--warmup-epochs", 0)
 
@@ -43,3 +45,16 @@ def test_a_tracker_receives_every_epoch(images: Path, tmp_path: Path) -> None:
     events = EventAccumulator(str(file)).Reload()
     assert [e.step for e in events.Scalars("top1")] == [1, 2]
     assert [e.value for e in events.Scalars("top1")] == pytest.approx([x["top1"] for x in lines(tmp_path / "run")])
+
+
+def test_a_tracker_that_fails_costs_no_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(self: Accelerator, *args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(Accelerator, "log", lost)  # accelerate's trackers reach the network from there
+    pretrain(config(images, tmp_path / "run", epochs=2, tracker="tensorboard"))
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert capsys.readouterr().err.count("the tracker missed epoch") == 2
