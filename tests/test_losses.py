@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from timm_etf import FixedClassifier, UsageError, frames
-from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss
+from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss
 
 
 @given(st.integers(1, 9), st.integers(2, 7), st.floats(0.1, 30), st.integers(0, 2**31))
@@ -81,3 +81,64 @@ def test_feature_entropy_spreads_features_and_survives_equal_ones() -> None:
         assert loss(torch.randn(6, 3, dtype=torch.bfloat16)).dtype == torch.float32
     with pytest.raises(UsageError, match="two samples"):
         loss(torch.randn(1, 3))
+
+
+def over_batch_by_hand(z: np.ndarray, y: np.ndarray, *, negatives_only: bool) -> float:
+    """Sample by sample, as the equations are written."""
+    total = 0.0
+    for i in range(len(y)):
+        others = [j for j in range(len(y)) if not (negatives_only and y[j] == y[i])]
+        total -= z[i, y[i]] - (math.log(math.fsum(math.exp(z[j, y[i]]) for j in others)) if others else 0.0)
+    return total / len(y)
+
+
+OVER_BATCH = pytest.mark.parametrize("loss", [NTCELoss(), NONLLoss()], ids=lambda loss: type(loss).__name__)
+
+
+@OVER_BATCH
+@given(st.integers(1, 9), st.integers(2, 6), st.floats(0.05, 1), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_losses_over_the_batch_against_their_equations(
+    loss: NTCELoss, batch: int, num_classes: int, tau: float, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    z, y = generator.uniform(-1, 1, (batch, num_classes)) / tau, generator.integers(0, num_classes, batch)
+    expected = over_batch_by_hand(z, y, negatives_only=isinstance(loss, NONLLoss))
+    logits, targets = torch.from_numpy(z).requires_grad_(), torch.from_numpy(y)
+    assert loss(logits, targets).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert torch.autograd.gradcheck(lambda x: 3 * loss(x, targets), logits)
+
+
+@OVER_BATCH
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_parts_of_a_batch_give_its_loss_and_gradient(loss: NTCELoss, size: int, parts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z = (8 * torch.randn(size * parts, 3, dtype=torch.float64, generator=generator)).requires_grad_()
+    y = torch.randint(3, (size * parts,), generator=generator)
+    whole = loss(z, y)
+    (expected,) = torch.autograd.grad(whole, z)
+    pairs = list(zip(z.split(size), y.split(size), strict=True))
+    shared = loss.together(torch.stack([loss.statistics(*pair) for pair in pairs]))
+    losses = torch.stack([loss(*pair, shared) for pair in pairs]).mean()
+    torch.testing.assert_close(losses, whole)
+    torch.testing.assert_close(torch.autograd.grad(losses, z)[0], expected)
+
+
+@OVER_BATCH
+def test_losses_over_the_batch_keep_their_precision_in_bf16(loss: NTCELoss) -> None:
+    z = (torch.rand(64, 10) * 40 - 20).bfloat16().requires_grad_()
+    y = torch.arange(64) % 10
+    value = loss(z, y)
+    value.backward()
+    exact = z.detach().double().requires_grad_()
+    reference = loss(exact, y)
+    reference.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(reference.item(), rel=1e-6)
+    torch.testing.assert_close(z.grad.double(), exact.grad, rtol=1e-2, atol=1e-6)  # as near as bf16 holds it
+    z = torch.full((4, 3), 1e4, requires_grad=True)  # and where every exponential would be infinite
+    loss(z, torch.tensor([0, 1, 1, 2])).backward()
+    assert z.grad.isfinite().all()
+    loss(z, torch.zeros(4, dtype=torch.int64)).backward()  # nothing to compare with
+    assert z.grad.isfinite().all()

@@ -1,7 +1,12 @@
 """Losses for fixed classifiers beside cross-entropy, for which torch's and timm's own are used.
 
+NormFace (Wang et al. 2017, arXiv 1704.06369) is the cross-entropy of logits that are cosines over a temperature.
+
 Shape suffixes: B samples, K classes, D features.
 """
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_etf.errors import UsageError
 
-__all__ = ["DotRegressionLoss", "FeatureEntropyLoss"]
+__all__ = ["DotRegressionLoss", "FeatureEntropyLoss", "NONLLoss", "NTCELoss"]
 
 
 class DotRegressionLoss(nn.Module):
@@ -53,6 +58,112 @@ class DotRegressionLoss(nn.Module):
         if targets.dim() == 1:
             return (logits.gather(1, targets.unsqueeze(1)) - self.scale).square().mean() / (2 * self.scale)
         return ((logits - self.scale).square() * targets).sum(1).mean() / (2 * self.scale)
+
+
+class NTCELoss(nn.Module):
+    r"""Cross-entropy over the samples of a batch in place of the classes.
+
+    .. math:: L = -\frac{1}{B} \sum_i \log \frac{e^{z_{i y_i}}}{\sum_j e^{z_{j y_i}}}, \quad z_{ik} = \cos(w_k, h_i) / \tau
+
+    The softmax of each sample runs over the batch, for the row of its class: that sample has to be nearer to the row
+    than the others are. Larger batches (512 and more) give it more to compare with. What a batch has to share for that
+    is two numbers for each class (`statistics`), so that batches which are computed one after the other, or on several
+    processes, can count as one; the gradient is exact, and no larger than the logits.
+
+    Shape:
+        - logits: [B, K], cosines divided by the temperature.
+        - targets: class indices [B].
+        - statistics: [2, K], of the batches that count as one; by default those of this one.
+        - Output: scalar, the mean over this batch. Over several batches of equal size that count as one, the mean of
+          their losses has the gradient of the whole.
+
+    Source:
+        Koromilas et al. 2026 (arXiv 2605.20302), there with trained rows.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 2
+        >>> round(NTCELoss()(z, torch.tensor([0, 1])).item() - expected, 6)
+        0.0
+    """
+
+    negatives_only = False
+
+    def forward(self, logits: Tensor, targets: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Mean loss over the batch."""
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        if statistics is None:
+            statistics = self.statistics(logits, targets)
+        loss: Tensor = _OverBatch.apply(logits, targets, statistics.to(logits.dtype), self.negatives_only)
+        return loss
+
+    @torch.no_grad()
+    def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """For each class the log of the sum of exp(z) over the samples it is compared with, and its number of samples.
+
+        Args:
+            logits: [B, K].
+            targets: Class indices [B].
+
+        Returns:
+            [2, K]; the first is minus infinity for a class without a sample to compare with.
+        """
+        z_BK = logits.float() if logits.dtype != torch.float64 else logits
+        count_K = torch.bincount(targets, minlength=z_BK.shape[1]).to(z_BK.dtype)
+        if self.negatives_only:
+            z_BK = z_BK.scatter(1, targets[:, None], -math.inf)
+        return torch.stack([z_BK.logsumexp(0), count_K])
+
+    @staticmethod
+    def together(statistics: Tensor) -> Tensor:
+        """The statistics [2, K] of several batches that count as one, from those of each, [N, 2, K]."""
+        return torch.stack([statistics[:, 0].logsumexp(0), statistics[:, 1].sum(0)])
+
+
+class NONLLoss(NTCELoss):
+    r"""`NTCELoss` without the samples of the same class in the denominator.
+
+    .. math:: L = -\frac{1}{B} \sum_i \log \frac{e^{z_{i y_i}}}{\sum_{j: y_j \ne y_i} e^{z_{j y_i}}}
+
+    Shape:
+        As for `NTCELoss`. A class that all samples are of is compared with none: its denominator is left out.
+
+    Source:
+        Koromilas et al. 2026 (arXiv 2605.20302), there with trained rows.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> NONLLoss()(z, torch.tensor([0, 1])).item()  # ((0 - 1) + (0 - 2)) / 2
+        -1.5
+    """
+
+    negatives_only = True
+
+
+class _OverBatch(torch.autograd.Function):
+    r"""Value and gradient of the two losses above, from the statistics c and n of all samples that are compared.
+
+    .. math:: \frac{\partial L}{\partial z_{jk}} = \frac{1}{B} \left( n_k e^{z_{jk} - c_k} - [y_j = k] \right)
+
+    since L depends on the sample j through the denominators of all n_k samples of each class k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_BK: Tensor, y_B: Tensor, statistics: Tensor, negatives_only: bool) -> Tensor:
+        c_K, n_K = statistics
+        y_B1 = y_B[:, None]
+        own_B = z_BK.gather(1, y_B1)[:, 0]
+        gradient_BK = (z_BK - c_K).exp_()
+        if negatives_only:  # before the product: a class without others has the exponential of infinity here
+            gradient_BK.scatter_(1, y_B1, 0.0)
+        gradient_BK.mul_(n_K).scatter_add_(1, y_B1, own_B.new_full(y_B1.shape, -1.0)).div_(len(y_B))
+        ctx.save_for_backward(gradient_BK)
+        denominator_B = c_K[y_B]
+        return (denominator_B.where(denominator_B > -math.inf, 0.0) - own_B).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * gradient, None, None, None
 
 
 class FeatureEntropyLoss(nn.Module):

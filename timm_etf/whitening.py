@@ -96,6 +96,8 @@ class SwitchWhiten2d(nn.Module):
         (torch.Size([8, 32, 6, 6]), torch.Size([2]))
     """
 
+    track_running_stats = True
+    """As BatchNorm's: whether training adds to the running statistics."""
     running_mean: Tensor
     running_cov: Tensor
 
@@ -163,9 +165,10 @@ class SwitchWhiten2d(nn.Module):
             offset_NGC = mean_NGC - batch_mean_GC
             between_GCC = torch.einsum("ngc,ngd->gcd", offset_NGC, offset_NGC) / len(mean_NGC)
             batch_cov_GCC = cov_NGCC.mean(0) + between_GCC
-            with torch.no_grad():
-                self.running_mean.lerp_(batch_mean_GC.to(self.running_mean.dtype), self.momentum)
-                self.running_cov.lerp_(batch_cov_GCC.to(self.running_cov.dtype), self.momentum)
+            if self.track_running_stats:
+                with torch.no_grad():
+                    self.running_mean.lerp_(batch_mean_GC.to(self.running_mean.dtype), self.momentum)
+                    self.running_cov.lerp_(batch_cov_GCC.to(self.running_cov.dtype), self.momentum)
 
         mean_weights = self.mean_logits.softmax(0).to(x_NGCP.dtype)
         cov_weights = self.cov_logits.softmax(0).to(x_NGCP.dtype)

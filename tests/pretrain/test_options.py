@@ -9,7 +9,6 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from tests import commands
 from tests.pretrain.runs import config, lines, weights
 from timm_etf import UsageError
 from timm_etf.pretrain.loop import pretrain
@@ -134,16 +133,11 @@ def test_layers_learn_at_the_same_rates_under_both_classifiers(images: Path, tmp
 
 
 def test_compilation(images: Path, tmp_path: Path) -> None:
-    # In a process of its own, because accelerate's state is one for all runs of a process.
-    code = """
-import sys, pathlib, torch
-from tests.pretrain.runs import config
-from timm_etf.pretrain.setup import setup
-run = setup(config(*map(pathlib.Path, sys.argv[1:]), compile=True, model_ema=True))
-assert isinstance(run.step.model, torch._dynamo.OptimizedModule)
-assert not isinstance(run.exported_model(), torch._dynamo.OptimizedModule)
-"""
-    commands.run(images, tmp_path / "run", code=code, check=True)
+    for compiled in (False, True, False):  # accelerate keeps one state for all runs of a process
+        run = setup(config(images, tmp_path / "run", compile=compiled, model_ema=True))
+        run.close()
+        assert isinstance(run.step.model, torch._dynamo.OptimizedModule) == compiled
+        assert not isinstance(run.exported_model(), torch._dynamo.OptimizedModule)
 
 
 def test_what_the_model_and_the_optimizer_are_told(images: Path, tmp_path: Path) -> None:

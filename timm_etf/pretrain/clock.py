@@ -1,6 +1,7 @@
 """What a run spends its time on, and what to change about it."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +22,17 @@ PARTS = {
 class Clock:
     """Seconds by what they were spent on, since the last lap.
 
-    On a GPU, steps are computed while the process goes on: where the GPU is the slower of the two, what is waited for
-    it counts as stepping.
+    On a GPU, steps are computed while the process goes on: waiting for images counts as such only as far as the GPU has
+    waited, too, and as stepping while it was still busy.
+
+    Args:
+        device: What computes the steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._waits: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -41,14 +47,37 @@ class Clock:
         """Pass batches on, and measure what it takes to get them."""
         iterator, end = iter(batches), object()
         while True:
+            idle_from, before = self._event(), self.seconds["waiting"]
             with self.measure("waiting"):
                 batch = next(iterator, end)
+            if idle_from:
+                self._waits.append((self.seconds["waiting"] - before, idle_from, self._event()))
+                self._settle()
             if batch is end:
                 return
             yield batch
 
+    def _event(self) -> Any:
+        """The moment at which the GPU has done what it was asked for."""
+        if self._gpu is None:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._gpu))
+        return event
+
+    def _settle(self) -> None:
+        """Count as stepping what was waited while the GPU was busy, as far as the GPU has come."""
+        while self._waits and self._waits[0][2].query():
+            waited, idle_from, idle_to = self._waits.popleft()
+            busy = waited - min(waited, idle_from.elapsed_time(idle_to) / 1000)
+            self.seconds["waiting"] -= busy
+            self.seconds["stepping"] += busy
+
     def lap(self) -> dict[str, float]:
         """The seconds since the last lap."""
+        if self._waits:
+            self._waits[-1][2].synchronize()
+            self._settle()
         seconds, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
         return seconds
 

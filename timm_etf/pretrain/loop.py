@@ -68,7 +68,7 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
     accelerator, config = run.accelerator, run.config
     log = _Log(config.out / "log.jsonl", run.position) if accelerator.is_main_process else None
     metrics: dict[str, Any] = {}
-    advised, clock = {""}, Clock()
+    advised, clock = {""}, Clock(accelerator.device)
     with _progress(run) as bar:
         if config.initial_weights and run.position == Position():  # what they are worth before they are trained
             metrics = _validate(run)

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import TorchDynamoPlugin, gather_object, parse_flag_from_env, set_seed
 from PIL import Image
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -136,7 +136,8 @@ def setup(config: PretrainConfig) -> Run:
     set_seed(config.seed)
     model = _create_model(config, settings["frame_seed"], task.num_classes, start)
     channels_last = _arrange_for_speed(model, taught, config, accelerator)
-    objective, mixup = Objective(config, model, taught), data.mixup(config, task.num_classes)
+    objective = Objective(config, model, taught, accelerator.gather)
+    mixup = data.mixup(config, task.num_classes)
     data_config = resolve_data_config(config, model, start)
     if taught:
         _require_same_pixels(taught, data_config, config)
@@ -200,8 +201,9 @@ def _accelerator(config: PretrainConfig) -> Accelerator:
             mixed_precision=config.amp,
             log_with=config.tracker,
             project_dir=folder,
-            dynamo_backend="inductor" if config.compile else None,
         )
+        # Set after all: an Accelerator leaves it as an earlier one of this process had it.
+        accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="inductor" if config.compile else None)
     if config.fsdp:
         sharding.check(config, accelerator)
     if config.sync_bn and accelerator.device.type == "cpu":

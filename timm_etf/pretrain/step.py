@@ -1,7 +1,8 @@
 """One optimizer step."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,11 +71,15 @@ class Step:
         """
         if self.schedule:
             self.schedule.step_update(update)
+        statistics = None
+        if self.objective.compares_samples and count > 1:
+            batches = list(batches)
+            statistics = self._looked_over(batches)
         losses = []
         for number, (images, targets) in enumerate(batches, 1):
             # Processes exchange their gradients once, with the last batch.
             with self.accelerator.no_sync(self.model) if number < count else nullcontext():
-                losses.append(self._backward(images, targets, count))
+                losses.append(self._backward(images, targets, count, statistics))
         if self.clip_grad is not None:
             self.accelerator.unscale_gradients(self.optimizer)
             dispatch_clip_grad(self.clipped, self.clip_grad, self.clip_mode)
@@ -84,14 +89,28 @@ class Step:
             self.ema.update(self.plain, step=update + 1)
         return torch.stack(losses).sum()
 
-    def _backward(self, images: Tensor, targets: Tensor, count: int) -> Tensor:
+    @torch.no_grad()
+    def _looked_over(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """What the batches of a step have to know of each other: the loss compares samples of different batches.
+
+        It takes a forward pass of each that leaves no trace, and draws what the one with gradients will draw again.
+        """
+        with _random_states_kept(self.accelerator.device), _running_statistics_kept(self.plain):
+            answers = []
+            for images, targets in batches:
+                pixels = self.pixels(images, training=True)
+                with self.accelerator.autocast():
+                    answers.append((self.model(pixels), targets.to(self.accelerator.device, non_blocking=True)))
+            return self.objective.shared(answers)
+
+    def _backward(self, images: Tensor, targets: Tensor, count: int, statistics: Tensor | None) -> Tensor:
         """Add the gradients of one of `count` batches; returns its part of the mean loss."""
         images = self.pixels(images, training=True)
         targets = targets.to(self.accelerator.device, non_blocking=True)
         if self.mixup:
             images, targets = self.mixup(images, targets)
         with self.accelerator.autocast():
-            loss = self.objective(self.model, images, targets) / count
+            loss = self.objective(self.model, images, targets, statistics) / count
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -99,3 +118,25 @@ class Step:
     def lr(self) -> float:
         """The highest learning rate of the last step: the classifier's, where layers have rates of their own."""
         return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    """Draw in the block what is drawn again after it: timm's erasing from Python's state, all else from torch's."""
+    state = random.getstate()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(state)
+
+
+@contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Normalise by the batch in the block, as in training, without adding to the running statistics."""
+    norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True  # type: ignore[assignment]
