@@ -63,7 +63,8 @@ class DotRegressionLoss(nn.Module):
 class NTCELoss(nn.Module):
     r"""Cross-entropy over the samples of a batch in place of the classes.
 
-    .. math:: L = -\frac{1}{B} \sum_i \log \frac{e^{z_{i y_i}}}{\sum_j e^{z_{j y_i}}}, \quad z_{ik} = \cos(w_k, h_i) / \tau
+    .. math:: L = -\frac{1}{B} \sum_i \log \frac{e^{z_{i y_i}}}{\sum_j e^{z_{j y_i}}},
+    \; z_{ik} = \cos(w_k, h_i) / \tau
 
     The softmax of each sample runs over the batch, for the row of its class: that sample has to be nearer to the row
     than the others are. Larger batches (512 and more) give it more to compare with. What a batch has to share for that
