@@ -333,7 +333,8 @@ def test_models_and_images_that_cannot_be_used(images: Path, ready: Path, tmp_pa
     refused("all alike", hub.export(zero, tmp_path / "zero"))
     for folder in ("empty", "unreadable"):
         (tmp_path / folder).mkdir()
-    refused("Found 0 images", ready, images=tmp_path / "empty")
+    refused("Found 0 images.*check --images", ready, images=tmp_path / "empty")
+    refused("needs a folder 'train'.*--images", ready, data_dir=tmp_path / "empty", epochs=1)
     for i in range(3):
         (tmp_path / "unreadable" / f"{i}.png").write_bytes(b"no image")
     refused("Unreadable image: .* and 2 more", ready, images=tmp_path / "unreadable")

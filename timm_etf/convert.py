@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,7 +127,8 @@ def run(settings: Settings) -> str:
     config.check()
     if sized := img_size_argument(config):
         start = Start(settings.name, **sized)
-    task = data.open_task(config, model.num_classes if config.distill else None)
+    with _own_options(settings):
+        task = data.open_task(config, model.num_classes if config.distill else None)
     _require_same_classes(settings, model, task)
     begun = settings.out / "convert.json"
     what = {"name": settings.name, "seed": settings.seed, "img_size": config.img_size, "images": task.held_out}
@@ -158,6 +160,10 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"--epochs must be {what}, got {settings.epochs}.")
     if not (settings.images or settings.data_dir) and (settings.epochs or settings.img_size):
         raise UsageError("--epochs and --img-size are for images: give some with --images or --data-dir.")
+    for split in ("train", "validation"):
+        if settings.data_dir and not (settings.data_dir / split).is_dir():
+            fix = "with a folder for each class; --images takes images without labels, in any folders"
+            raise UsageError(f"--data-dir {settings.data_dir} needs a folder {split!r}, {fix}.")
     if (settings.out / "export").exists():
         raise UsageError(f"{settings.out} holds a converted checkpoint already: choose another --out.")
     if not settings.resume:
@@ -167,6 +173,15 @@ def _check(settings: Settings) -> None:
             "timm-etf convert runs in one process. To tune on several, launch timm-etf pretrain afterwards, with "
             "--init local-dir:OUT/export --keep-classifier --freeze-bn and, without labels, --distill NAME."
         )
+
+
+@contextmanager
+def _own_options(settings: Settings) -> Iterator[None]:
+    """Have the errors of pretraining's data name the option that was given here."""
+    try:
+        yield
+    except UsageError as e:
+        raise UsageError(str(e).replace("--data-dir", "--images") if settings.images else str(e)) from None
 
 
 def _require_same_classes(settings: Settings, model: Any, task: data.Task) -> None:

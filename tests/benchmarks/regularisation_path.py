@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from timm_etf.transfer import logistic_path
-from timm_etf.transfer.probe import STRENGTHS, standardised
+from timm_etf.transfer.probe import STRENGTHS
 
 
 def data(n: int, dim: int, classes: int, spread: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +57,8 @@ def rivals(dim: int, classes: int) -> dict[str, LogisticRegression]:
 
 def compare(n: int, dim: int, classes: int, spread: float) -> None:
     (x, y), (x_test, y_test) = data(n, dim, classes, spread, 1), data(4000, dim, classes, spread, 2)
-    x, x_test = (standardised(a, x, device="cpu").numpy() for a in (x, x_test))
+    mean, deviation = x.mean(axis=0), x.std(axis=0)
+    x, x_test = ((a - mean) / deviation for a in (x, x_test))
     strengths = sorted(STRENGTHS, reverse=True)
     started = time.process_time()
     path = logistic_path(torch.from_numpy(x), torch.from_numpy(y), classes, strengths).double().numpy()

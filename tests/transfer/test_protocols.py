@@ -124,6 +124,28 @@ def test_knn_on_features_that_tell_the_classes_apart() -> None:
     assert knn(blobs(40, seed=1), blobs(2500, seed=2)).accuracy() > 80
 
 
+@pytest.mark.parametrize("size", [1, 16, 63])
+def test_knn_in_parts_is_knn(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = blobs(150, seed=1, spread=3), blobs(90, seed=2, spread=3)
+    x, y, queries = map(torch.from_numpy, (train.x, train.y, test.x))
+    settings = [(1, 0.07), (20, 0.02), (30, 0.2)]
+    rows = torch.arange(0, 150, 2)
+    whole, half = vote(x, y, queries, 4, settings), vote(x[rows], y[rows], queries, 4, settings)
+    monkeypatch.setattr("timm_etf.transfer.neighbours._NEIGHBOURS", size)
+    monkeypatch.setattr("timm_etf.transfer.neighbours._QUERIES", 40)
+    assert torch.equal(vote(x, y, queries, 4, settings), whole)
+    assert torch.equal(vote(x, y, queries, 4, settings, rows), half)
+
+
+def test_knn_chooses_by_so_many_images_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = blobs(400, seed=1), blobs(200, seed=2)
+    assert knn(train, test).treatment == "unit length"
+    monkeypatch.setattr("timm_etf.transfer.neighbours.MOST_QUERIES", 30)
+    result = knn(train, test)
+    assert result.treatment == "unit length; chosen by 30 of 80 validation images"
+    assert result.accuracy() > 95
+
+
 def test_more_shots_are_better_and_draws_are_averaged() -> None:
     train, test = blobs(400, seed=1, spread=2), blobs(400, seed=2, spread=2)
     one, ten = fewshot(train, test, 1), fewshot(train, test, 10)

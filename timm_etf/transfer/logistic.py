@@ -18,6 +18,7 @@ _REACH = 4.0
 _ON_THE_WAY = 0.1
 _LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
 _BLOCK = 8192
+"""Samples at once: memory is that of the rotated features and of two sets of probabilities, [N, R] and [N, K]."""
 
 
 def logistic_path(
@@ -53,8 +54,9 @@ def logistic_path(
     """
     n = len(x)
     x_NR, basis_DR = _principal_axes(x)
+    del x  # where the caller holds it no more, memory is that of one copy
     problem = _Problem(x_NR, y, num_classes)
-    solutions = x.new_empty(len(strengths), num_classes, x.shape[1] + 1)
+    solutions = x_NR.new_empty(len(strengths), num_classes, len(basis_DR) + 1)
     # A first step that no penalty holds may end where probabilities are 0 and 1 and Newton's method is lost: the way
     # starts where the penalty outweighs every direction of the features, and goes down in small steps.
     strength = x_NR.square().sum(0).max().item()
@@ -76,12 +78,12 @@ def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = _eigh(x @ x.T)
         keep = values > values[-1] * max(n, d) * torch.finfo(x.dtype).eps
         root = values[keep].sqrt()
-        coordinates = vectors[:, keep] * root
-        basis = x.T @ (vectors[:, keep] / root)
-    else:
-        _, basis = _eigh(x.T @ x)
-        coordinates = x @ basis
-    return torch.cat([coordinates, x.new_ones(n, 1)], 1), basis
+        return torch.cat([vectors[:, keep] * root, x.new_ones(n, 1)], 1), x.T @ (vectors[:, keep] / root)
+    _, basis = _eigh(x.T @ x)
+    x_NR = x.new_ones(n, d + 1)
+    for x_BR, x_BD in zip(x_NR.split(_BLOCK), x.split(_BLOCK), strict=True):
+        x_BR[:, :-1] = x_BD @ basis
+    return x_NR, basis
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +108,13 @@ class _Problem:
 
     def evaluate(self, w_KR: Tensor) -> tuple[float, Tensor, Tensor]:
         """Mean cross-entropy, its gradient, and the probabilities [N, K]."""
-        p_NK = torch.log_softmax(self.x_NR @ w_KR.T, dim=1)
-        loss = -p_NK.gather(1, self.y[:, None]).mean().item()
-        p_NK.exp_()
-        return loss, (p_NK.T @ self.x_NR - self.sums_KR) / len(self.y), p_NK
+        p_NK = self.x_NR.new_empty(len(self.y), len(w_KR))
+        loss, expected_KR = 0.0, torch.zeros_like(self.sums_KR)
+        for x_BR, p_BK, y_B in zip(*(t.split(_BLOCK) for t in (self.x_NR, p_NK, self.y)), strict=True):
+            p_BK.copy_(torch.log_softmax(x_BR @ w_KR.T, dim=1))
+            loss -= p_BK.gather(1, y_B[:, None]).sum().item()
+            expected_KR.addmm_(p_BK.exp_().T, x_BR)
+        return loss / len(self.y), (expected_KR - self.sums_KR) / len(self.y), p_NK
 
     def solve(self, penalty: float, tolerance: float) -> Tensor:
         """Minimise loss + penalty/2 |W|^2 from where the last solution was."""
@@ -165,14 +170,17 @@ class _Problem:
 
     def hessian_times(self, v_KR: Tensor) -> Tensor:
         """Product of the objective's Hessian at the current solution with a direction."""
-        u_NK = self.x_NR @ v_KR.T
-        u_NK *= self.p_NK
-        u_NK.addcmul_(self.p_NK, u_NK.sum(1, keepdim=True), value=-1)
-        return u_NK.T @ self.x_NR / len(self.y) + self.penalty * self.penalised_R * v_KR
+        total_KR = torch.zeros_like(v_KR)
+        for x_BR, p_BK in zip(self.x_NR.split(_BLOCK), self.p_NK.split(_BLOCK), strict=True):
+            u_BK = x_BR @ v_KR.T
+            u_BK *= p_BK
+            u_BK.addcmul_(p_BK, u_BK.sum(1, keepdim=True), value=-1)
+            total_KR.addmm_(u_BK.T, x_BR)
+        return total_KR / len(self.y) + self.penalty * self.penalised_R * v_KR
 
     def diagonal(self) -> Tensor:
         """Diagonal of the Hessian of the loss, [K, R + 1]."""
         total = torch.zeros_like(self.w_KR)
         for x_BR, p_BK in zip(self.x_NR.split(_BLOCK), self.p_NK.split(_BLOCK), strict=True):
-            total += (p_BK - p_BK.square()).T @ x_BR.square()  # blocks bound the memory of the squares
+            total += (p_BK - p_BK.square()).T @ x_BR.square()
         return total / len(self.y)

@@ -1,5 +1,7 @@
 """Linear probe: multinomial logistic regression on frozen features, its regularisation chosen on validation images."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +15,9 @@ STRENGTHS = tuple(np.logspace(-6, 5, 45).tolist())
 """Strengths tried, as in Kornblith et al. 2019: lambda in sum of cross-entropies + lambda/2 |W|^2, or 1/C."""
 
 TREATMENT = "standardised with the training images' mean and deviation"
+
+_BLOCK = 8192
+"""Samples at once."""
 
 
 def linear_probe(
@@ -40,25 +45,44 @@ def linear_probe(
     """
     both, held = fit_and_validation(train, validation, seed)
     fitted = ~held if not held.all() else held
-    x, x_test = standardised(both.x, both.x[fitted], device=device), None
-    y = torch.from_numpy(both.y).to(device)
+    classes, y = len(both.class_names), torch.from_numpy(both.y).to(device)
     fit, val = (torch.from_numpy(m).to(device) for m in (fitted, held))
-    classes = len(both.class_names)
-    path = logistic_path(x[fit], y[fit], classes, STRENGTHS)
-    scores = [(logits(x[val], w).argmax(1) == y[val]).sum().item() for w in path]
+    statistics = _statistics(both.x, fitted)
+    path = logistic_path(_standardised(both.x[fitted], statistics, device), y[fit], classes, STRENGTHS)
+    x_val = _standardised(both.x[held], statistics, device)
+    scores = [(logits(x_val, w).argmax(1) == y[val]).sum().item() for w in path]
     best = max(s for s, score in zip(STRENGTHS, scores, strict=True) if score == max(scores))
-    del path, x
-    x, x_test = (standardised(f.x, both.x, device=device) for f in (both, test))
-    predicted = logits(x_test, logistic_path(x, y, classes, [best])[0]).argmax(1).cpu().numpy()
+    del path, x_val
+    statistics = _statistics(both.x)
+    (weights,) = logistic_path(_standardised(both.x.copy(), statistics, device), y, classes, [best])
+    predicted = logits(_standardised(test.x.copy(), statistics, device), weights).argmax(1).cpu().numpy()
     return Result((predicted == test.y).astype(np.float32), test.y, TREATMENT, {"strength": best})
 
 
-def standardised(x: NDArray[np.float32], reference: NDArray[np.float32], *, device: str | torch.device) -> Tensor:
-    """Features less the reference's mean, over its deviation; 0 where the reference is constant."""
-    mean, deviation = reference.mean(axis=0), reference.std(axis=0)
+def _statistics(x: NDArray[np.float32], rows: NDArray[np.bool_] | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Mean of the features [N, D] and what to multiply them by, [D]; of some rows alone, if they are given."""
+    parts = [slice(start, start + _BLOCK) for start in range(0, len(x), _BLOCK)]  # no copy of all of them
+    count = len(x) if rows is None else rows.sum()
+    mean = sum(_rows(x, rows, part).sum(axis=0, dtype=np.float64) for part in parts) / count
+    variance = sum(np.square(_rows(x, rows, part) - mean).sum(axis=0) for part in parts) / count
+    deviation = np.sqrt(variance)
     # A feature that is constant in training carries nothing: it becomes 0 instead of a division by 0.
-    scale = np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0).astype(np.float32)
-    return torch.from_numpy((x - mean) * scale).to(device)
+    scale = np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0)
+    return mean.astype(x.dtype), scale.astype(x.dtype)
+
+
+def _rows(x: NDArray[Any], rows: NDArray[np.bool_] | None, part: slice) -> NDArray[Any]:
+    return x[part] if rows is None else x[part][rows[part]]
+
+
+def _standardised(
+    x: NDArray[np.float32], statistics: tuple[NDArray[Any], NDArray[Any]], device: str | torch.device
+) -> Tensor:
+    """Features less the mean, times the scale; they are changed in place."""
+    mean, scale = statistics
+    x -= mean
+    x *= scale
+    return torch.from_numpy(x).to(device)
 
 
 def logits(x: Tensor, weights: Tensor) -> Tensor:
