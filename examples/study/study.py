@@ -179,11 +179,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _accuracies(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Accuracy in percent by protocol and target."""
-    return {
-        protocol: {name: next(iter(found["models"].values()))["accuracy"] for name, found in told["targets"].items()}
-        for protocol, told in results["protocols"].items()
-    }
+    """Accuracy in percent by protocol and target, and its mean over them."""
+    accuracies = {}
+    for protocol, told in results["protocols"].items():
+        found = {name: next(iter(of["models"].values()))["accuracy"] for name, of in told["targets"].items()}
+        accuracies[protocol] = found | {"mean": sum(found.values()) / len(found)}
+    return accuracies
 
 
 def run(jobs: list[Job], study: Study) -> None:

@@ -73,3 +73,37 @@ def test_a_runs_time_is_told_and_recorded(images: Path, tmp_path: Path, capsys: 
     assert len([line for line in told if "--workers" in line]) <= 1
     rate = 112 / (recorded[1]["waiting"] + recorded[1]["stepping"])
     assert lines(tmp_path / "run")[1]["images_per_second"] == pytest.approx(rate, rel=0.01)
+
+
+def test_waiting_on_a_gpu_is_what_the_gpu_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 0.02, 0.02, 0.07, 0.1, 0.1])  # of the GPU, where it is idle from and to
+
+    class Event:
+        """A moment on a GPU's timeline."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = next(moments)
+
+        def record(self, stream: Any) -> None:
+            """Nothing."""
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 1000 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    clock = Clock(CUDA)
+
+    def slow() -> Any:
+        for _ in range(2):
+            time.sleep(0.05)
+            yield None
+
+    assert len(list(clock.waits(slow()))) == 2
+    seconds = clock.lap()
+    # It waited 0.02 and 0.05 s, of 0.05 s each; the end of the batches took no time.
+    assert seconds["waiting"] == pytest.approx(0.07, abs=0.005)
+    assert seconds["waiting"] + seconds["stepping"] == pytest.approx(0.1, abs=0.02)

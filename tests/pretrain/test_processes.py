@@ -57,6 +57,22 @@ def test_two_processes_do_what_one_does_that_accumulates_two_batches(images: Pat
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in trained)
 
 
+def test_two_processes_compare_the_samples_of_both(images: Path, tmp_path: Path) -> None:
+    # A network without statistics over a batch: one batch of 24, two processes of 12, and each in two parts.
+    same = ("--model", "test_vit_etf", "--img-size", 160, "--model-kwargs", "drop_rate=0.0", "--epochs", 2)
+    same += ("--warmup-epochs", 0, "--opt", "momentum", "--lr", 0.01, "--loss", "nonl")
+    commands.run(*arguments(images, tmp_path / "one", *same, "--batch-size", 24), check=True)
+    commands.run_ranks(2, *arguments(images, tmp_path / "two", *same, "--batch-size", 12))
+    commands.run_ranks(2, *arguments(images, tmp_path / "parts", *same, "--batch-size", 6, "--grad-accum-steps", 2))
+    one = lines(tmp_path / "one"), weights(tmp_path / "one")
+    trained = {n for n, _ in timm.create_model("test_vit_etf", num_classes=5).named_parameters()}
+    for name in ("two", "parts"):
+        losses = [x["train_loss"] for x in lines(tmp_path / name)]
+        assert losses == pytest.approx([x["train_loss"] for x in one[0]], rel=1e-4, abs=1e-5)
+        theirs = weights(tmp_path / name)
+        assert all(torch.allclose(one[1][k], theirs[k], atol=1e-5) for k in trained)
+
+
 def test_two_processes_are_interrupted_and_resumed_exactly(images: Path, two: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     ranks = commands.start_ranks(2, *arguments(images, out, *SHORT))

@@ -92,7 +92,7 @@ def test_shards_are_compiled_as_the_launcher_asks(images: Path, sharded: Path, t
 
 @pytest.mark.slow
 def test_batch_norm_in_half_precision_and_channels_last(images: Path, tmp_path: Path) -> None:
-    more = ("--fsdp", "--epochs", 3, "--amp", "bf16", "--channels-last", "--scale", 1, 1)
+    more = ("--fsdp", "--epochs", 3, "--amp", "bf16", "--channels-last", True, "--scale", 1, 1)
     commands.run_ranks(2, *arguments(images, tmp_path / "run", *more))
     log = lines(tmp_path / "run")
     assert log[-1]["train_loss"] < log[0]["train_loss"]

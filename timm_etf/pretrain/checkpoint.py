@@ -19,7 +19,7 @@ from timm_etf.processes import any_problem
 _POSITION = "position.json"
 _FREE_TO_CHANGE = {
     *("out", "data_dir", "workers", "tracker", "resume", "amp", "model", "pretrained", "compile", "channels_last"),
-    *("grad_checkpointing", "checkpoint_hist", "checkpoint_steps", "checkpoint_minutes", "export"),
+    *("grad_checkpointing", "geometry", "checkpoint_hist", "checkpoint_steps", "checkpoint_minutes", "export"),
 }
 """Settings that a resumed run may change; the model is compared by its resolved architecture."""
 

@@ -204,6 +204,9 @@ class PretrainConfig:
     """Compute BatchNorm's statistics over all processes; GPUs only."""
     workers: int = min(4, os.cpu_count() or 1)
     """Loader processes per training process; by default four, or as many as there are cores."""
+    geometry: bool = True
+    """Measure at every validation how collapsed the features are; it holds K x d + d x d doubles, and with tens of
+    thousands of classes takes a minute."""
     checkpoint_hist: int = 2
     """Checkpoints to keep, the newest; that of the epoch with the best top-1 is kept in any case."""
     checkpoint_steps: int | None = None

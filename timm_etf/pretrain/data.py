@@ -214,7 +214,7 @@ class TrainLoader:
     """
 
     def __init__(self, dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> None:
-        self.config, self.passes = config, max(1, config.epoch_repeats)
+        self.config, self.rank, self.passes = config, rank, max(1, config.epoch_repeats)
         images_per_batch = config.batch_size * world_size
         self.source: EpochSampler | SeededStream
         if isinstance(dataset, IterableDataset):
@@ -285,7 +285,12 @@ class TrainLoader:
         for number in range(first_batch // per_pass, self.passes):
             self.source.start_at(epoch * self.passes + number)
             self.loader.generator.manual_seed(self.source.loader_seed)
-            yield from islice(iter(self.loader), max(0, first_batch - number * per_pass), per_pass)
+            batches, seen = iter(self.loader), max(0, first_batch - number * per_pass)
+            again = islice(batches, seen)
+            told = self.rank == 0 and seen
+            for _ in tqdm(again, "reading again", seen, unit="batch", leave=False, delay=2, disable=not told):
+                pass
+            yield from islice(batches, per_pass - seen)
 
 
 def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> Loader:

@@ -151,7 +151,12 @@ def _train_epoch(run: Run, watch: Watch, clock: Clock, bar: tqdm) -> Position:
 def _validate(run: Run) -> dict[str, Any]:
     """Score what is exported, and under an average of the weights the last ones too, as `raw_top1`."""
     score = partial(
-        validate, run.accelerator, loader=run.val, pixels=run.step.pixels, teacher=run.step.objective.teacher
+        validate,
+        run.accelerator,
+        loader=run.val,
+        pixels=run.step.pixels,
+        teacher=run.step.objective.teacher,
+        geometry=run.config.geometry,
     )
     if run.step.ema is None:
         return score(run.step.model)

@@ -20,7 +20,13 @@ from timm_etf.processes import exact_device
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator, model: nn.Module, loader: Loader, pixels: Pixels, teacher: nn.Module | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Loader,
+    pixels: Pixels,
+    teacher: nn.Module | None = None,
+    *,
+    geometry: bool = True,
 ) -> dict[str, Any]:
     """Score a model on the validation split.
 
@@ -33,11 +39,12 @@ def validate(
         loader: Batches of this process's share: uint8 images [B, C, H, W], class numbers [B].
         pixels: What makes images of them.
         teacher: A model whose answers take the place of the class numbers.
+        geometry: Whether to measure how collapsed the features are.
 
     Returns:
         `top1` and `top5` in percent, `loss` (mean cross-entropy, or divergence from a teacher, nats), `count` of
-        images and, on the main process, what `timm_etf.geometry.collapse` says of the features that enter the
-        classifier, as far as it is a number.
+        images and, if asked for and on the main process, what `timm_etf.geometry.collapse` says of the features that
+        enter the classifier, as far as it is a number.
 
     Raises:
         UsageError: If the split gave no image.
@@ -48,7 +55,7 @@ def validate(
     frames = {id(head.weight) for _, head in fixed_classifiers(plain)}
     broadcast([buffer for buffer in plain.buffers() if id(buffer) not in frames])
     totals = [0.0, 0.0, 0.0, 0]
-    geometry = _Geometry(plain, accelerator.device)
+    collapsed = _Geometry(plain, accelerator.device) if geometry else None
     with features_into(plain) as features:
         for images, targets in in_step(plain, loader, accelerator, pixels.shape):
             images, targets = pixels(images), targets.to(accelerator.device)
@@ -57,7 +64,8 @@ def validate(
                 if teacher is not None:
                     taught = teacher(images)[: len(targets)].float()
                     targets = taught.argmax(dim=1)
-            geometry.add(features, targets)
+            if collapsed:
+                collapsed.add(features, targets)
             features.clear()
             hits = logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)
             if teacher is None:
@@ -70,7 +78,7 @@ def validate(
     if count == 0:
         raise UsageError("The validation split gave no image.")
     found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "count": int(count)}
-    return found | geometry.compute(accelerator)
+    return found | (collapsed.compute(accelerator) if collapsed else {})
 
 
 class _Geometry:
