@@ -18,8 +18,10 @@ class UsageError(ValueError):
     """
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A long command was asked to stop (Ctrl-C, SIGTERM) and has saved what it needs to continue.
+
+    As KeyboardInterrupt it is no `Exception`, which whoever goes on after a failure would take it for.
 
     Args:
         signum: Number of the signal; the command exits with status 128 + signum, as a shell expects, or after SIGUSR1,

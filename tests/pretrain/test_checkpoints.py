@@ -95,6 +95,29 @@ def test_minutes_between_checkpoints(images: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "run") == [*(f"epoch-0000-step-{s:06d}" for s in range(1, 7)), "epoch-0001-step-000000"]
 
 
+def test_a_schedulers_warning_before_the_first_step_asks_the_same(images: Path, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from timm_etf import cli
+from timm_etf.pretrain import data
+
+opened = data.open_task
+
+def warned(*arguments):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return opened(*arguments)
+
+data.open_task = warned
+cli.main()
+"""
+    done = commands.run(*arguments(images, tmp_path / "run"), code=code)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        75,
+        "Stopped before the first step; the same command starts again.",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_schedulers_warning_saves_and_asks_to_be_queued_again(images: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = commands.Command(*arguments(images, out, *EVERYTHING, "--workers", 2))

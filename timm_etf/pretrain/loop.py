@@ -24,7 +24,7 @@ from timm_etf.pretrain.clock import Clock, advice, shares
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.setup import Run, setup
 from timm_etf.pretrain.validation import validate
-from timm_etf.pretrain.watch import Watch
+from timm_etf.pretrain.watch import Watch, starts_again
 from timm_etf.report import curves
 from timm_etf.report.results import write as write_results
 from timm_etf.variants import SW_SUFFIX, base_name
@@ -51,7 +51,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         UsageError: For input that cannot work, before anything is trained or overwritten; or if the loss diverges.
         Interrupted: After Ctrl-C or SIGTERM, once the checkpoint is written.
     """
-    run = setup(config)
+    with starts_again():
+        run = setup(config)
     try:
         with Watch(run.accelerator, config.checkpoint_steps, config.checkpoint_minutes) as watch:
             metrics = _train(run, watch)

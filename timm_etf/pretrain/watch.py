@@ -2,13 +2,37 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from timm_etf.errors import Interrupted
 from timm_etf.processes import SIGNALS
+
+
+@contextmanager
+def starts_again() -> Iterator[None]:
+    """End at once on SIGUSR1, while there is nothing to save, with the status that has a scheduler start the run again.
+
+    Raises:
+        Interrupted: If it came.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum, "Stopped before the first step; the same command starts again.")
+
+    if not hasattr(signal, "SIGUSR1"):
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 class Watch:
