@@ -25,8 +25,8 @@ CHOICE = ("icons-novel", "armenian", "animal-mnist", "mnist-5k")
 HEADLINE = ("kanji", "hiragana", "emoji-subcategory", "emoji-identity", "fashion-mnist")
 """Targets that nothing was chosen by."""
 
-GRID = ((128, 0.1), (128, 0.2), (512, 0.2), (512, 0.4))
-"""Batch and learning rate."""
+GRID = ((64, 0.1), (64, 0.2), (128, 0.2), (128, 0.4), (512, 0.4))
+"""Batch and learning rate; results.json says with which a study was made."""
 
 COMMON = (
     "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --warmup-epochs 1 --weight-decay 5e-4"
@@ -240,7 +240,7 @@ def main() -> None:
     left = [study.measuring(job.done.parent) for job in trained if job.done.exists()]
     run([*trained, *left], study)
     study.write_results()
-    print(f"results: {options.out / 'results.json'}")
+    print(f"results: {options.out / 'results.json'}\nnext:    python examples/study/report.py {options.out}")
 
 
 if __name__ == "__main__":

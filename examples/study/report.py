@@ -1,0 +1,117 @@
+"""Read OUT/results.json of study.py; write OUT/report.md and OUT/waterfall.png: python examples/study/report.py OUT."""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from timm_etf.atomic import write_text
+from timm_etf.report.statistics import t_interval
+from timm_etf.report.style import COLOURS, save
+
+STEPS = {
+    "learned, CE": "learned,\ncross-entropy",
+    "learned, CE, projector": "+ projector",
+    "learned, NONL, projector": "+ NONL",
+    "simplex, NONL, projector": "+ simplex",
+}
+"""What the gain is made of, one change after the other."""
+PROTOCOLS = ("probe", "knn", "1-shot", "5-shot", "10-shot")
+
+
+class Findings:
+    """What a study has found so far."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.settings, self.arms = results["settings"], results["arms"]
+        self.reference = next(iter(self.arms))
+
+    def means(self, arm: str, protocol: str, half: str) -> dict[str, float]:
+        """Mean accuracy over a half of the targets, `choice` or `headline`, by seed."""
+        found = {}
+        for seed, run in self.arms[arm]["runs"].items():
+            told = run.get("transfer", {}).get(protocol, {})
+            if accuracies := [told[target] for target in self.settings[half] if target in told]:
+                found[seed] = mean(accuracies)
+        return found
+
+    def difference(self, arm: str, other: str, protocol: str, half: str) -> list[float]:
+        """Of one arm less another, for every seed that both have."""
+        ours, theirs = (self.means(name, protocol, half) for name in (arm, other))
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+    def table(self, half: str) -> list[str]:
+        """Rows of accuracies and of differences from the first arm."""
+        lines = [f"| arm | seeds | source top-1 | {' | '.join(PROTOCOLS)} |", f"|{'---|' * (3 + len(PROTOCOLS))}"]
+        for name, arm in self.arms.items():
+            if not arm["runs"]:
+                continue
+            cells = [f"{mean(run['source']['top1'] for run in arm['runs'].values()):.1f}"]
+            for protocol in PROTOCOLS:
+                accuracies = self.means(name, protocol, half).values()
+                cell = f"{mean(accuracies):.1f}" if accuracies else "-"
+                if name != self.reference and (paired := self.difference(name, self.reference, protocol, half)):
+                    cell += f" ({shown(paired)})"
+                cells.append(cell)
+            lines.append(f"| {name} | {len(arm['runs'])} | {' | '.join(cells)} |")
+        return lines
+
+
+def shown(differences: list[float]) -> str:
+    """A mean difference with its interval over seeds, where there are several."""
+    interval = t_interval(differences)
+    return f"{mean(differences):+.1f}" + (f", {interval[0]:+.1f} to {interval[1]:+.1f}" if interval else "")
+
+
+def draw(findings: Findings, path: Path) -> None:
+    """Probe accuracy on the headline targets, and what each change adds to it."""
+    there = [arm for arm in STEPS if arm in findings.arms and findings.means(arm, "probe", "headline")]
+    figure: Any = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    level = mean(findings.means(there[0], "probe", "headline").values())
+    axis.bar(0, level, color=COLOURS[0])
+    axis.text(0, level, f"{level:.1f}", ha="center", va="bottom")
+    for place, (before, arm) in enumerate(pairwise(there), 1):
+        gains = findings.difference(arm, before, "probe", "headline")
+        gain = mean(gains)
+        axis.bar(place, gain, bottom=level, color=COLOURS[4] if gain > 0 else COLOURS[1])
+        axis.text(place, level + max(gain, 0), shown(gains).replace(", ", "\n"), ha="center", va="bottom")
+        axis.plot([place - 1.4, place + 0.4], [level, level], color="black", linewidth=0.8)
+        level += gain
+    axis.set_xticks(range(len(there)), [STEPS[arm] for arm in there])
+    axis.set(ylabel="probe, mean of headline targets (%)", ylim=(level - 8, level + 6))
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def main(out: Path) -> None:
+    """Write both."""
+    findings = Findings(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    lines = ["# Loss, head and projector", ""]
+    titles = {"headline": "Targets that nothing was chosen by", "choice": "Targets that arms may be chosen by"}
+    for half, title in titles.items():
+        lines += [f"## {title}", "", ", ".join(findings.settings[half]), "", *findings.table(half), ""]
+    lines += [f"Differences are from {findings.reference}, over the seeds that both have, with 95 % t intervals."]
+    lines += [
+        "",
+        "## What was tuned",
+        "",
+        "Top-1 on the source's validation images, a third of the epochs, seed 0.",
+        "",
+    ]
+    grid = list(next(iter(findings.arms.values()))["tuned"])
+    lines += [f"| arm | {' | '.join(grid)} |", f"|{'---|' * (1 + len(grid))}"]
+    for name, arm in findings.arms.items():
+        tuned = (arm["tuned"][point] for point in grid)
+        lines.append(f"| {name} | {' | '.join('-' if top1 is None else f'{top1:.1f}' for top1 in tuned)} |")
+    write_text(out / "report.md", "\n".join(lines) + "\n")
+    draw(findings, out / "waterfall.png")
+    print(f"report:  {out / 'report.md'}\npicture: {out / 'waterfall.png'}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
