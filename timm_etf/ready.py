@@ -104,7 +104,8 @@ def ready_model(name: str, in_chans: int | None = None, img_size: int | None = N
     try:
         return create_model(name, pretrained=True, **{k: v for k, v in changes.items() if v}).eval()
     except Exception as e:  # timm, the Hub's client and torch each have their own kinds
-        raise UsageError(f"Cannot start from {name} ({first_line(e).rstrip('.')}): check its name.") from e
+        fix = "check its name" + ("" if "local-dir:" in name else ", or that the Hub can be reached")
+        raise UsageError(f"Cannot start from {name} ({first_line(e).rstrip('.')}): {fix}.") from e
 
 
 def teacher(name: str, in_chans: int, img_size: int | None = None) -> Any:

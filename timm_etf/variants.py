@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_pretrained_cfg, list_models, model_entrypoint, register_model
+from timm.models import get_pretrained_cfg, list_models, list_pretrained, model_entrypoint, register_model
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import nn
 
@@ -166,7 +166,7 @@ def _find_weights(
     if not any({**known, **overlay}.get(k) for k in _SOURCES):
         raise UsageError(
             f"No pretrained weights exist for {name}; timm.list_models('*{SUFFIX}', pretrained=True) lists those "
-            f"that do. Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
+            f"that do. {_of_timm(name)}Make one with: timm-etf pretrain --model {name} --data-dir DATA --out RUN"
         )
     published_as = f"{name}.{known.get('tag')}"
     if published_as not in published.NAMES or any(overlay.get(k) for k in _SOURCES):
@@ -174,6 +174,12 @@ def _find_weights(
     file = published.weights(published_as, cache_dir)
     _say_what_it_is(published_as)
     return cfg, {**overlay, "file": str(file)}, published.config(published_as)
+
+
+def _of_timm(name: str) -> str:
+    """How to take the base's own weights, where it has some."""
+    tagged = list_pretrained(f"{base_name(name)}.*")
+    return f"{name}.{tagged[0].partition('.')[2]} is timm's under the nearest frame. " if tagged else ""
 
 
 @cache  # once is enough

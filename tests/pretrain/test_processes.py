@@ -57,6 +57,35 @@ def test_two_processes_do_what_one_does_that_accumulates_two_batches(images: Pat
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in trained)
 
 
+def test_the_main_process_computes_a_code_for_all(shards: Path, tmp_path: Path) -> None:
+    # As on two machines: each has a cache of its own, and the second one fails if it computes.
+    code = """
+import os
+
+os.environ["HF_ASSETS_CACHE"] += os.environ["RANK"]
+from timm_etf import cli
+from timm_etf.frames import codes
+
+if os.environ["RANK"] == "1":
+    codes._optimise = None
+cli.main()
+"""
+    caches = {"HF_ASSETS_CACHE": str(tmp_path / "cache")}
+    more = (
+        "--dataset",
+        "wds/x",
+        "--train-split",
+        "train-{0000..0001}.tar|122",
+        "--val-split",
+        "validation-0000.tar|37",
+    )
+    more += ("--num-classes", 300, "--epochs", 1, "--warmup-epochs", 0)  # more than twice the width
+    commands.run_ranks(2, *arguments(shards, tmp_path / "run", *more), code=code, env=caches)
+    ours, theirs = (list((tmp_path / f"cache{rank}").rglob("*.safetensors")) for rank in range(2))
+    assert [file.name for file in ours] == [file.name for file in theirs]
+    assert ours[0].read_bytes() == theirs[0].read_bytes()
+
+
 def test_two_processes_compare_the_samples_of_both(images: Path, tmp_path: Path) -> None:
     # A network without statistics over a batch: one batch of 24, two processes of 12, and each in two parts.
     same = ("--model", "test_vit_etf", "--img-size", 160, "--model-kwargs", "drop_rate=0.0", "--epochs", 2)

@@ -185,8 +185,11 @@ def _not_an_image(root: Path) -> None:
     [
         (_empty, "Cannot open the 'train' split of .*Found 0 images"),
         (_one_class, "has one class only; a classifier needs at least two"),
-        (_no_splits, r"has no folder 'train' \(it holds class0, class1, .*\): name the right one with --train-split"),
-        (_no_validation, r"has no folder 'validation' \(it holds train\): name the right one with --val-split"),
+        (_no_splits, r"has no folder .train. .it holds class0, class1, .*: put images into train/CLASS, or name another"),
+            _no_splits,
+            r"has no folder 'train' \(it holds class0, class1, .*\): put images into train/CLASS, or name another",
+        ),
+        (_no_validation, r"has no folder 'validation' \(it holds train\): put images .* with --val-split"),
         (_link_to_above, "are one folder, whose images would count twice: remove the link"),
         (_class_linked_twice, "class9 and .*class0 are one folder"),
         (_unknown_class, r"1 classes of the 'validation' split are not in 'train' \(class9"),

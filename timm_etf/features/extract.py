@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -299,7 +300,8 @@ def _compute(
         desc=f"features of {images.name}",
         unit="img",
         leave=False,
-        disable=None if processes().is_main_process else True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file needs no more
+        disable=not processes().is_main_process,
     )
     chunk_of = {c.start // CHUNK: c for c in chunks}
     rows: list[Tensor] = []

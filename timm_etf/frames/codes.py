@@ -107,6 +107,25 @@ def cached_coherence(num_classes: int, dim: int) -> float | None:
         return None
 
 
+def cached_file(num_classes: int, dim: int) -> bytes | None:
+    """The cached code for K and d, for `cache_file` on another machine; None if it is not there."""
+    try:
+        return _path(num_classes, dim).read_bytes()
+    except (OSError, ValueError):
+        return None
+
+
+def cache_file(num_classes: int, dim: int, content: bytes) -> None:
+    """Take another machine's code for K and d, unless there is one; where nothing can be cached it is computed."""
+    try:
+        path = _path(num_classes, dim)
+        if not path.exists():
+            with atomic_file(path) as new:
+                new.write_bytes(content)
+    except (OSError, ValueError) as e:
+        _logger.warning(f"The spherical code {num_classes} x {dim} was not cached ({e}).")
+
+
 def _path(num_classes: int, dim: int) -> Path:
     from huggingface_hub import cached_assets_path
 

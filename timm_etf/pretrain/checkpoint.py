@@ -43,6 +43,7 @@ def fingerprint(
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_TO_CHANGE}
     settings |= {"architecture": config.architecture, "num_classes": num_classes, "processes": world_size}
     settings["init"], settings["held_out"] = config.initial_weights, held_out
+    settings["warmup_epochs"] = config.warmup
     settings["frame_seed"] = config.seed if config.frame_seed is None else config.frame_seed
     return json.loads(json.dumps(settings, default=str))
 

@@ -163,8 +163,8 @@ class PretrainConfig:
     """timm learning-rate schedule, stepped at every update; none keeps --lr."""
     sched_kwargs: tuple[str, ...] = ()
     """Further arguments of timm's schedule as NAME=VALUE, such as min_lr=1e-5 or decay_milestones=(30,60,90)."""
-    warmup_epochs: int = 5
-    """Epochs of linear warm-up, part of --epochs."""
+    warmup_epochs: int | None = None
+    """Epochs of linear warm-up, part of --epochs; by default a fifth of them, 5 at most."""
     loss: Literal["cross_entropy", "normface", "ntce", "nonl", "dot_regression"] = "cross_entropy"
     """Loss. normface is the cross-entropy of cosines over --temperature, ntce compares the samples of a step (all of
     --grad-accum-steps and all processes; 512 or more) for the row of each class instead of the rows for each sample,
@@ -283,6 +283,11 @@ class PretrainConfig:
         return _parsed("--sched-kwargs", self.sched_kwargs, own)
 
     @property
+    def warmup(self) -> int:
+        """Epochs of warm-up."""
+        return min(5, self.epochs // 5) if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
     def initial_weights(self) -> str | None:
         """What the backbone starts from, as timm names it; None for random weights."""
         from timm_etf.variants import base_name
@@ -304,7 +309,7 @@ class PretrainConfig:
         for option in ("mean", "std"):
             if len(getattr(self, option) or ()) not in (0, 1, self.in_chans):
                 raise UsageError(f"--{option} takes one value for all channels or {self.in_chans}, one for each.")
-        if self.warmup_epochs >= self.epochs:
+        if self.warmup >= self.epochs:
             raise UsageError(f"--warmup-epochs must be less than --epochs ({self.epochs}), got {self.warmup_epochs}.")
         if self.pretrained and self.init:
             raise UsageError("--pretrained and --init both name weights to start from: leave one out.")

@@ -145,7 +145,8 @@ def _open(config: PretrainConfig, split: str, *, is_training: bool, class_map: A
             # timm found no such folder, and took the images of all splits.
             there = f"it holds {', '.join(folders[:10])}" if folders else "it holds no folders"
             option = "--train-split" if is_training else "--val-split"
-            raise UsageError(f"{root} has no folder {split!r} ({there}): name the right one with {option}.")
+            fix = f"put images into {split}/CLASS, or name another folder of classes with {option}"
+            raise UsageError(f"{root} has no folder {split!r} ({there}): {fix}.")
         if isinstance(dataset.reader, ReaderImageFolder):  # and not a .tar file
             refuse_linked_folders([path for path, _ in dataset.reader.samples])
             dataset.reader.samples = PackedSamples(dataset.reader.samples)
