@@ -185,7 +185,7 @@ def _not_an_image(root: Path) -> None:
     [
         (_empty, "Cannot open the 'train' split of .*Found 0 images"),
         (_one_class, "has one class only; a classifier needs at least two"),
-        (_no_splits, r"has no folder .train. .it holds class0, class1, .*: put images into train/CLASS, or name another"),
+        (
             _no_splits,
             r"has no folder 'train' \(it holds class0, class1, .*\): put images into train/CLASS, or name another",
         ),
