@@ -21,8 +21,8 @@ from tests.test_ready import trained
 from timm_etf import UsageError, hub
 from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.convert import Settings, run
+from timm_etf.losses import divergence
 from timm_etf.pretrain.loop import pretrain
-from timm_etf.pretrain.objective import divergence
 
 SIZE = {"img_size": 32, "workers": 0}
 

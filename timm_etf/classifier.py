@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from timm_etf.heads import FixedClassifier, Head, LearnedClassifier, Projector, 
 
 __all__ = [
     "classifier_names",
+    "features_into",
     "fix_classifier",
     "fixed_classifiers",
     "free_classifier",
@@ -346,3 +348,25 @@ def _plain_heads(model: nn.Module) -> list[tuple[str, Any]]:
             )
         found.append((name, head))
     return found
+
+
+@contextmanager
+def features_into(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what enters the first classifier, before projector and normalisation: a tensor for each forward pass.
+
+    Args:
+        model: A timm model, also compiled or wrapped for several processes.
+
+    Yields:
+        A list that grows while the block runs.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    plain = extract_model_from_parallel(model, keep_torch_compile=False)
+    features: list[Tensor] = []
+    head = plain.get_submodule(classifier_names(plain)[0])
+    handle = head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    try:
+        yield features
+    finally:
+        handle.remove()

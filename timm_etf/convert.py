@@ -25,10 +25,10 @@ from timm_etf.errors import UsageError, first_line
 from timm_etf.frames.nearest import mean_cosine, turned
 from timm_etf.hub.load import locate
 from timm_etf.loading.loader import Pixels
+from timm_etf.losses import divergence
 from timm_etf.pretrain import data
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.loop import pretrain
-from timm_etf.pretrain.objective import divergence
 from timm_etf.pretrain.setup import img_size_argument, resolve_data_config
 from timm_etf.processes import exact_device, processes
 from timm_etf.ready import Start

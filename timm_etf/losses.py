@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_etf.errors import UsageError
 
-__all__ = ["DotRegressionLoss", "FeatureEntropyLoss", "NONLLoss", "NTCELoss"]
+__all__ = ["DotRegressionLoss", "FeatureEntropyLoss", "NONLLoss", "NTCELoss", "divergence"]
 
 
 class DotRegressionLoss(nn.Module):
@@ -210,3 +210,19 @@ class FeatureEntropyLoss(nn.Module):
         # The norm's gradient at distance zero is taken as zero, not as not-a-number.
         distance_B = torch.linalg.vector_norm(z_BD - z_BD[neighbour_B], dim=1)
         return -torch.log(distance_B + self.eps).mean()
+
+
+def divergence(logits: Tensor, taught: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence of a model's probabilities from those of its teacher, in nats.
+
+    .. math:: \sum_k p_k (\log p_k - \log q_k)
+
+    Args:
+        logits: Of the model that learns, q, [B, K].
+        taught: Of the teacher, p, [B, K].
+
+    Returns:
+        [B], not negative.
+    """
+    log_q, log_p = logits.float().log_softmax(dim=1), taught.float().log_softmax(dim=1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)

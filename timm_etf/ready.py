@@ -1,15 +1,18 @@
-"""Weights that are there: to start from, and to learn from."""
+"""Models to train: weights that are there, to start from and to learn from, and the same model on every process."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from timm_etf.classifier import classifier_names, fix_classifier, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
+from timm_etf.frames import codes
 from timm_etf.hub.load import create_model
 
 
@@ -118,3 +121,32 @@ def teacher(name: str, in_chans: int, img_size: int | None = None) -> Any:
     if getattr(model, "num_classes", 0) < 2:
         raise UsageError(f"{name} has no classifier of two or more classes, so there is nothing to learn from it.")
     return model.requires_grad_(False)
+
+
+def create_on_all(create: Callable[[], nn.Module], accelerator: Accelerator) -> nn.Module:
+    """The main process makes its model first; the others take the spherical code from it, which takes long to compute.
+
+    Raises:
+        UsageError: On every process, if the main one cannot make it.
+    """
+    if accelerator.num_processes == 1:
+        return create()
+    model, problem = None, ""
+    found: dict[Any, bytes | None] = {}
+    if accelerator.is_main_process:
+        try:
+            model = create()
+        except UsageError as e:
+            problem = str(e)
+        else:
+            heads = [head for _, head in fixed_classifiers(model) if head.frame == "spherical_code"]
+            found = {shape: codes.cached_file(*shape) for shape in {tuple(head.weight.shape[:2]) for head in heads}}
+    problem, found = broadcast_object_list([problem, found])
+    if problem:
+        raise UsageError(problem)
+    if model is None:
+        for (num_classes, dim), content in found.items():
+            if content is not None:
+                codes.cache_file(num_classes, dim, content)
+        model = create()
+    return model

@@ -26,7 +26,7 @@ from timm_etf.pretrain import data, loop
 from timm_etf.pretrain.clock import Clock, shares
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.setup import Run, setup
-from timm_etf.pretrain.watch import Watch
+from timm_etf.watch import Watch
 
 BATCH, CLASSES = 256, 64
 WARM, TIMED = 40, 40

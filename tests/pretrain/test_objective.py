@@ -10,10 +10,11 @@ from torch import nn
 
 import timm_etf
 from tests.pretrain.runs import config, lines, weights
+from timm_etf.classifier import features_into
 from timm_etf.losses import FeatureEntropyLoss, NONLLoss, NTCELoss
 from timm_etf.pretrain import data
 from timm_etf.pretrain.loop import pretrain
-from timm_etf.pretrain.objective import Objective, features_into
+from timm_etf.pretrain.objective import Objective
 from timm_etf.pretrain.setup import setup
 
 

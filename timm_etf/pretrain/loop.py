@@ -24,10 +24,10 @@ from timm_etf.pretrain.clock import Clock, advice, shares
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.setup import Run, setup
 from timm_etf.pretrain.validation import validate
-from timm_etf.pretrain.watch import Watch, starts_again
 from timm_etf.report import curves
 from timm_etf.report.results import write as write_results
 from timm_etf.variants import SW_SUFFIX, base_name
+from timm_etf.watch import Watch, starts_again
 
 _SHOWN = {
     "train_loss": "loss {:.3f}",

@@ -1,36 +1,14 @@
 """What a run minimises: a loss of labels or of a teacher's answers, and the entropy term."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from timm_etf.classifier import classifier_names, fixed_classifiers
+from timm_etf.classifier import features_into, fixed_classifiers
 from timm_etf.errors import UsageError
-from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss
+from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss, divergence
 from timm_etf.pretrain.config import BATCH_LOSSES, PretrainConfig
-
-
-@contextmanager
-def features_into(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what enters the first classifier, before projector and normalisation: a tensor for each forward pass.
-
-    Args:
-        model: A timm model, also compiled or wrapped for several processes.
-
-    Yields:
-        A list that grows while the block runs.
-    """
-    plain = extract_model_from_parallel(model, keep_torch_compile=False)
-    features: list[Tensor] = []
-    head = plain.get_submodule(classifier_names(plain)[0])
-    handle = head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
-    try:
-        yield features
-    finally:
-        handle.remove()
 
 
 class Objective:
@@ -108,19 +86,3 @@ class Objective:
         assert isinstance(self.loss, NTCELoss)
         own = self.loss.together(torch.stack([self.loss.statistics(*answer) for answer in answers]))
         return self.loss.together(self.gather(own[None]))
-
-
-def divergence(logits: Tensor, taught: Tensor) -> Tensor:
-    r"""Kullback-Leibler divergence of a model's probabilities from those of its teacher, in nats.
-
-    .. math:: \sum_k p_k (\log p_k - \log q_k)
-
-    Args:
-        logits: Of the model that learns, q, [B, K].
-        taught: Of the teacher, p, [B, K].
-
-    Returns:
-        [B], not negative.
-    """
-    log_q, log_p = logits.float().log_softmax(dim=1), taught.float().log_softmax(dim=1)
-    return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import TorchDynamoPlugin, gather_object, parse_flag_from_env, set_seed
 from PIL import Image
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -26,14 +26,13 @@ from torch import nn
 from timm_etf.atomic import require_new_folder, write_json, write_text
 from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
-from timm_etf.frames import codes
 from timm_etf.loading.loader import Loader, Pixels
 from timm_etf.pretrain import checkpoint, data, recipe, sharding
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
 from timm_etf.pretrain.step import Step
-from timm_etf.ready import Start, same_for_all, teacher
+from timm_etf.ready import Start, create_on_all, same_for_all, teacher
 from timm_etf.variants import HEAD_ARGS, base_name
 
 
@@ -136,7 +135,7 @@ def setup(config: PretrainConfig) -> Run:
     if config.resume:
         checkpoint.check_resume(config.out, settings)
     set_seed(config.seed)
-    model = _create_on_all(partial(_create_model, config, settings["frame_seed"], task.num_classes, start), accelerator)
+    model = create_on_all(partial(_create_model, config, settings["frame_seed"], task.num_classes, start), accelerator)
     channels_last = _arrange_for_speed(model, taught, config, accelerator)
     objective = Objective(config, model, taught, accelerator.gather)
     mixup = data.mixup(config, task.num_classes)
@@ -266,35 +265,6 @@ def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int, sta
         raise UsageError(f"{name}: {e}") from None
     except Exception as e:  # an argument that this architecture does not take, or a value that some layer refuses
         raise UsageError(f"{name}: {first_line(e).rstrip('.')}. Check --model-kwargs.") from e
-
-
-def _create_on_all(create: Callable[[], nn.Module], accelerator: Accelerator) -> nn.Module:
-    """The main process makes its model first; the others take the spherical code from it, which takes long to compute.
-
-    Raises:
-        UsageError: On every process, if the main one cannot make it.
-    """
-    if accelerator.num_processes == 1:
-        return create()
-    model, problem = None, ""
-    found: dict[Any, bytes | None] = {}
-    if accelerator.is_main_process:
-        try:
-            model = create()
-        except UsageError as e:
-            problem = str(e)
-        else:
-            heads = [head for _, head in fixed_classifiers(model) if head.frame == "spherical_code"]
-            found = {shape: codes.cached_file(*shape) for shape in {tuple(head.weight.shape[:2]) for head in heads}}
-    problem, found = broadcast_object_list([problem, found])
-    if problem:
-        raise UsageError(problem)
-    if model is None:
-        for (num_classes, dim), content in found.items():
-            if content is not None:
-                codes.cache_file(num_classes, dim, content)
-        model = create()
-    return model
 
 
 def _arrange_for_speed(

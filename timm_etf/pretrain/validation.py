@@ -9,11 +9,11 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from timm_etf.classifier import classifier_names, fixed_classifiers
+from timm_etf.classifier import classifier_names, features_into, fixed_classifiers
 from timm_etf.errors import UsageError
 from timm_etf.geometry import ClassMoments, collapse, merged
 from timm_etf.loading.loader import Loader, Pixels
-from timm_etf.pretrain.objective import divergence, features_into
+from timm_etf.losses import divergence
 from timm_etf.pretrain.sharding import in_step
 from timm_etf.processes import exact_device
 
