@@ -217,7 +217,7 @@ def _optimise(generators: int, blocks: int, order: int, *, name: str) -> Tensor:
 def _one_thread(wanted: bool) -> Iterator[None]:
     """Compute small steps on one thread: beside other work, several wait for each other most of the time.
 
-    On 2 busy cores 1000 x 192 took 62 s with two threads and 9 s with one; on idle ones 1.3 s and 3.1 s.
+    On 2 busy cores 1000 x 192 took 62 s with two threads and 9 s with one, on idle ones about 1 s and 3 s.
     """
     before = torch.get_num_threads()
     if wanted:

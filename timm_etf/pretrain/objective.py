@@ -18,20 +18,15 @@ class Objective:
         config: The run's settings.
         model: The model, for the scale of its classifier.
         teacher: A model whose answers are learned in place of labels.
-        gather: What makes a tensor [N * processes, ...] of a tensor [N, ...] of each process.
 
     Raises:
         UsageError: If the loss does not go with the model's classifier.
     """
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        model: nn.Module,
-        teacher: nn.Module | None = None,
-        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    ) -> None:
-        self.teacher, self.gather = teacher, gather
+    def __init__(self, config: PretrainConfig, model: nn.Module, teacher: nn.Module | None = None) -> None:
+        self.teacher = teacher
+        self.gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        """What makes a tensor [N * processes, ...] of a tensor [N, ...] of each process; set by the step."""
         # Mixed targets are smoothed already.
         smoothing = config.smoothing if config.loss == "cross_entropy" and not (config.mixup or config.cutmix) else 0.0
         self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=smoothing)

@@ -137,8 +137,7 @@ def setup(config: PretrainConfig) -> Run:
     set_seed(config.seed)
     model = create_on_all(partial(_create_model, config, settings["frame_seed"], task.num_classes, start), accelerator)
     channels_last = _arrange_for_speed(model, taught, config, accelerator)
-    objective = Objective(config, model, taught, accelerator.gather)
-    mixup = data.mixup(config, task.num_classes)
+    objective, mixup = Objective(config, model, taught), data.mixup(config, task.num_classes)
     data_config = resolve_data_config(config, model, start)
     if taught:
         _require_same_pixels(taught, data_config, config)

@@ -47,6 +47,7 @@ class Step:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self.schedule, self.objective, self.pixels, self.mixup = schedule, objective, pixels, mixup
         self.freeze_bn = config.freeze_bn
+        objective.gather = accelerator.gather  # from here on, for where a run is tried out nothing is on its device
         if objective.teacher:
             objective.teacher.to(accelerator.device)
         self.clip_grad, self.clip_mode = config.clip_grad, config.clip_mode
