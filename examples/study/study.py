@@ -10,27 +10,39 @@ what it does best with, seed by seed; and measured on the targets. OUT/results.j
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import in_memory
 
 from timm_etf.atomic import write_json
 
 CHOICE = ("icons-novel", "armenian", "animal-mnist", "mnist-5k")
 """Targets that arms may be chosen by."""
-HEADLINE = ("kanji", "hiragana", "emoji-subcategory", "emoji-identity", "fashion-mnist")
+HEADLINE = ("kanji", "hiragana", "emoji-subcategory", "emoji-identity")
 """Targets that nothing was chosen by."""
 
-GRID = ((64, 0.1), (64, 0.2), (128, 0.2), (128, 0.4), (512, 0.4))
-"""Batch and learning rate; results.json says with which a study was made."""
 
-COMMON = (
-    "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --warmup-epochs 1 --weight-decay 5e-4"
-).split()
+@dataclass(frozen=True)
+class Family:
+    """How an architecture is trained, and the grid of batches and learning rates that every arm is tuned over."""
+
+    options: str
+    grid: tuple[tuple[int, float], ...]
+
+
+FAMILIES = {
+    "resnet10t": Family("--weight-decay 5e-4", ((64, 0.1), (64, 0.2), (128, 0.2), (128, 0.4), (512, 0.4))),
+    "convnext_atto": Family("--opt adamw --weight-decay 0.05", ((64, 5e-4), (64, 1e-3), (128, 1e-3), (128, 2e-3))),
+}
+
+COMMON = "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --warmup-epochs 1"
 
 PROJECTOR, LEARNED, GAUSSIAN = "projector=mlp", "frame=learned", "frame=gaussian"
 
@@ -59,8 +71,8 @@ ARMS = {
     "simplex, CE, projector": Arm(head=(PROJECTOR,)),
     "learned, NONL, projector": Arm("nonl", (LEARNED, PROJECTOR)),
     "simplex, NONL, projector": Arm("nonl", (PROJECTOR,)),
-    # beside the headline
     "whitened, CE": Arm(head=None, whitened=True),
+    # beside the headline
     "simplex, NONL": Arm("nonl"),
     "learned, NONL": Arm("nonl", (LEARNED,)),
     "simplex, NTCE, projector": Arm("ntce", (PROJECTOR,)),
@@ -76,25 +88,30 @@ ARMS = {
 }
 """The first is what the others are compared with."""
 
-HEADLINE_ARMS = 6
+HEADLINE_ARMS = 7
 """So many of them, from the first, are trained with all seeds."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the file that is there once it has been run."""
+    """A command of `timm-etf`, and the folder of what comes of it."""
 
     command: list[str]
-    done: Path
-    kind: str = "train"
+    out: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether it has been run."""
+        return (self.out / "results.json").exists()
 
 
 class Study:
     """The jobs of a study, and what has come of them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.out = options, options.out
-        self.arms = {name: arm for i, (name, arm) in enumerate(ARMS.items()) if i < HEADLINE_ARMS or options.all}
+        self.options, self.out, self.family = options, options.out, FAMILIES[options.family]
+        count = None if options.all else HEADLINE_ARMS
+        self.arms = {name: ARMS[name] for name in options.arms or list(ARMS)[:count]}
 
     def seeds(self, name: str) -> range:
         """Seeds of an arm: one beside the headline."""
@@ -109,7 +126,7 @@ class Study:
         return [
             self._training(self.folder("tune", name, batch, lr), arm, batch, lr, seed=0, repeats=1)
             for name, arm in self.arms.items()
-            for batch, lr in GRID
+            for batch, lr in self.family.grid
         ]
 
     def training(self) -> list[Job]:
@@ -124,25 +141,35 @@ class Study:
 
     def _training(self, out: Path, arm: Arm, batch: int, lr: float, seed: int, repeats: int) -> Job:
         options, data = self.options, self.options.data_root / "icons-400"
-        command = ["pretrain", *arm.options(options.family), "--data-dir", data, "--out", out, *COMMON]
-        command += ["--epochs", options.epochs, "--epoch-repeats", repeats, "--batch-size", batch, "--lr", lr]
-        command += ["--seed", seed, "--workers", options.workers, "--checkpoint-hist", 1, *options.pretrain]
+        command = ["pretrain", *arm.options(options.family), "--data-dir", data, "--out", out]
+        command += [*COMMON.split(), *self.family.options.split(), "--batch-size", batch, "--lr", lr]
+        command += ["--epochs", options.epochs, "--epoch-repeats", repeats, "--seed", seed]
+        command += ["--workers", 0, "--checkpoint-hist", 1, *options.pretrain]
         if (out / "run.json").exists():
             command.append("--resume")
-        return Job([str(c) for c in command], out / "results.json")
+        return Job([str(c) for c in command], out)
 
-    def measuring(self, trained: Path) -> Job:
-        """A trained backbone on the targets."""
-        options, out = self.options, self.out / "transfer" / trained.name
+    def after(self, job: Job) -> list[Job]:
+        """What follows a job: a backbone is measured, and those of the first seeds are fine-tuned."""
+        if job.out.parent.name != "train":
+            return []
+        options, seed = self.options, int(job.out.name.split("-")[-1])
+        jobs = [self._measuring("transfer", job.out, options.targets, ["probe", "knn", "fewshot"])]
+        if seed < options.finetune:
+            steps = ["--finetune-steps", options.finetune_steps]
+            jobs.append(self._measuring("finetune", job.out, HEADLINE, ["finetune", *steps]))
+        return jobs
+
+    def _measuring(self, kind: str, trained: Path, targets: Sequence[str], protocols: list[Any]) -> Job:
+        out = self.out / kind / trained.name
         command = ["transfer", "--models", f"{trained.name}=local-dir:{trained / 'export'}", "--out", out]
-        command += ["--data-root", options.data_root, "--targets", *options.targets]
-        command += ["--protocols", *options.protocols, "--seeds", 1, "--workers", options.workers]
-        return Job([str(c) for c in command], out / "results.json", "measure")
+        command += ["--data-root", self.options.data_root, "--targets", *targets, "--protocols", *protocols]
+        return Job([str(c) for c in [*command, "--seeds", 1, "--workers", 0]], out)
 
     def tuned(self, name: str) -> dict[str, float | None]:
         """Source accuracy of an arm by what is in the grid; None where it diverged."""
         found = {}
-        for batch, lr in GRID:
+        for batch, lr in self.family.grid:
             file = self.folder("tune", name, batch, lr) / "results.json"
             found[f"batch {batch}, lr {lr}"] = _read(file)["source"]["top1"] if file.exists() else None
         return found
@@ -150,7 +177,7 @@ class Study:
     def chosen(self, name: str) -> tuple[int, float]:
         """Batch and learning rate with which an arm does best on the source."""
         accuracies = [-1.0 if top1 is None else top1 for top1 in self.tuned(name).values()]
-        return GRID[accuracies.index(max(accuracies))]
+        return self.family.grid[accuracies.index(max(accuracies))]
 
     def write_results(self) -> None:
         """Everything that is there, as results.json."""
@@ -161,14 +188,15 @@ class Study:
                 trained = self.folder("train", name, seed)
                 if (trained / "results.json").exists():
                     runs[str(seed)] = {"source": _read(trained / "results.json")["source"]}
-                    measured = self.out / "transfer" / trained.name / "results.json"
-                    if measured.exists():
-                        runs[str(seed)]["transfer"] = _accuracies(_read(measured))
+                    measured = [self.out / kind / trained.name / "results.json" for kind in ("transfer", "finetune")]
+                    accuracies = [_accuracies(_read(file)) for file in measured if file.exists()]
+                    runs[str(seed)]["transfer"] = {k: v for found in accuracies for k, v in found.items()}
             batch, lr = self.chosen(name)
             chosen = {"batch_size": batch, "lr": lr}
             options = arm.options(self.options.family)
             arms[name] = {"options": options, "tuned": self.tuned(name), "chosen": chosen, "runs": runs}
-        settings = {"family": self.options.family, "common": COMMON, "epochs": self.options.epochs, "grid": GRID}
+        asked = {k: getattr(self.options, k) for k in ("family", "epochs", "finetune_steps")}
+        settings: dict[str, Any] = {**asked, "options": f"{COMMON} {self.family.options}", "grid": self.family.grid}
         settings |= {"choice": CHOICE, "headline": HEADLINE}
         write_json(self.out / "results.json", {"settings": settings, "arms": arms})
 
@@ -187,30 +215,23 @@ def _accuracies(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     return accuracies
 
 
-def run(jobs: list[Job], study: Study) -> None:
-    """Run jobs side by side; what is trained for good is measured; one that fails is told and left out."""
-    slots = {"train": study.options.jobs, "measure": study.options.measures}
-    waiting = deque(job for job in jobs if not job.done.exists())
-    running: dict[subprocess.Popen[bytes], Job] = {}
-    # Processes that share the cores must not each take all of them.
-    threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // sum(slots.values())))}
+def run(jobs: list[Job], study: Study, pool: ProcessPoolExecutor) -> None:
+    """Run jobs side by side, and at once what follows each; one that fails is told and left out."""
+    waiting = deque(job for job in jobs if not job.done)
+    waiting += [later for job in jobs if job.done for later in study.after(job) if not later.done]
+    running: dict[Future[int], Job] = {}
     while waiting or running:
-        for job in list(waiting):
-            if sum(other.kind == job.kind for other in running.values()) < slots[job.kind]:
-                waiting.remove(job)
-                job.done.parent.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "timm_etf", *job.command]
-                with job.done.parent.with_suffix(f"{job.done.parent.suffix}.log").open("ab") as log:
-                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=threads)
-                running[process] = job
-        for process in [p for p in running if p.poll() is not None]:
-            job = running.pop(process)
-            told = "" if process.returncode == 0 else f" failed, see {job.done.parent}.log"
-            print(f"{time.strftime('%H:%M:%S')} {job.done.parent.relative_to(study.out)}{told}", flush=True)
-            if job.done.exists() and job.done.parent.parent.name == "train":
-                waiting.append(study.measuring(job.done.parent))
+        while waiting and len(running) < study.options.jobs:
+            job = waiting.popleft()
+            running[pool.submit(in_memory.run, job.command, Path(f"{job.out}.log"))] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            told = "" if future.result() == 0 else f" failed, see {job.out}.log"
+            print(f"{time.strftime('%H:%M:%S')} {job.out.relative_to(study.out)}{told}", flush=True)
+            after = study.after(job) if job.done else []
+            waiting.extendleft(after[:1])  # measured before another one is trained,
+            waiting.extend(after[1:])  # and fine-tuned at the end
             study.write_results()
-        time.sleep(0.2)
 
 
 def main() -> None:
@@ -218,16 +239,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--family", default="resnet10t")
+    parser.add_argument("--family", default="resnet10t", choices=FAMILIES)
     parser.add_argument("--all", action="store_true", help="the arms beside the headline's, too, with one seed")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, metavar="ARM", help="these arms only")
     parser.add_argument("--seeds", type=int, default=5, help="of the headline's arms")
     parser.add_argument("--epochs", type=int, default=4, help="of three passes each; a third of them to tune")
     parser.add_argument("--targets", nargs="*", default=[*CHOICE, *HEADLINE])
-    parser.add_argument("--protocols", nargs="*", default=["probe", "knn", "fewshot"])
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
-    parser.add_argument("--measures", type=int, default=1, help="measurements beside them")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes of each")
-    parser.add_argument("--rate", type=float, default=350, help="images/s of all trainings, for the estimate")
+    parser.add_argument("--finetune", type=int, default=3, help="seeds of which backbones are fine-tuned, too")
+    parser.add_argument("--finetune-steps", type=int, default=150)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
+    parser.add_argument("--rate", type=float, default=400, help="images/s of all trainings, for the estimate")
     parser.add_argument("--pretrain", nargs=argparse.REMAINDER, default=[], help="further options of timm-etf pretrain")
     options = parser.parse_args()
     study = Study(options)
@@ -235,10 +256,15 @@ def main() -> None:
     images = options.epochs * (len(tuning) * (21_163 + 8_460 / 3) + runs * (3 * 21_163 + 8_460 / 3))
     hours = images / options.rate / 3600
     print(f"{len(study.arms)} arms: {len(tuning)} trainings to tune, {runs} to compare, about {hours:.1f} hours")
-    run(tuning, study)
-    trained = study.training()
-    left = [study.measuring(job.done.parent) for job in trained if job.done.exists()]
-    run([*trained, *left], study)
+    # Processes that share the cores must not each take all of them.
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Started anew, not forked: a forked process cannot use the GPU.
+    with ProcessPoolExecutor(
+        options.jobs, get_context("spawn"), in_memory.start, (options.out / "decoded", threads)
+    ) as pool:
+        run(tuning, study, pool)
+        run(study.training(), study, pool)
     study.write_results()
     print(f"results: {options.out / 'results.json'}\nnext:    python examples/study/report.py {options.out}")
 
