@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -149,21 +148,3 @@ def test_the_slurm_script_needs_a_folder() -> None:
     done = subprocess.run(["bash", str(SLURM), "--model", "resnet50_etf"], capture_output=True, text=True)
     assert done.returncode != 0
     assert "give --out RUN" in done.stderr
-
-
-STUDY = EXAMPLES / "study"
-
-
-def test_every_arm_of_the_study_can_be_trained(tmp_path: Path) -> None:
-    arms = runpy.run_path(str(STUDY / "study.py"))["ARMS"]
-    assert len(arms) == 19
-    for arm in arms.values():
-        for family in ("resnet10t", "vit_tiny_patch16_224") if not arm.whitened else ("resnet10t",):
-            parsed(*arm.options(family), "--data-dir", tmp_path / "data", "--out", tmp_path / "run").check()
-
-
-def test_the_studys_report_is_that_of_its_results(tmp_path: Path) -> None:
-    shutil.copy(STUDY / "results.json", tmp_path)
-    runpy.run_path(str(STUDY / "report.py"))["main"](tmp_path)
-    assert (tmp_path / "report.md").read_text() == (STUDY / "report.md").read_text()
-    assert (tmp_path / "waterfall.png").stat().st_size > 5000

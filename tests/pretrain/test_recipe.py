@@ -77,8 +77,13 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Cannot read --config"):
         parsed("--config", tmp_path / "none.yaml")
-    with pytest.raises(UsageError, match="--config takes a yaml file"):
+    with pytest.raises(UsageError, match="--config takes a yaml file, or one of fixed-frame"):
         parsed("--config")
+
+
+def test_a_recipe_of_the_package_is_known_by_its_name() -> None:
+    found = parsed("--config", "fixed-frame", "--model", "resnet50_etf", "--out", "run")
+    assert (found.model, found.parsed_model_kwargs) == ("resnet50_etf", {"projector": "mlp"})
 
 
 def test_a_run_is_repeated_by_what_it_leaves(images: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: the options of a run in a yaml file, under their own names."""
+"""Recipes: the options of a run in a yaml file, under their own names; some come with the package."""
 
 import dataclasses
 import difflib
@@ -11,9 +11,12 @@ from timm_etf.atomic import write_text
 from timm_etf.errors import UsageError, first_line
 from timm_etf.pretrain.config import PretrainConfig
 
+PACKAGED = Path(__file__).with_name("recipes")
+"""Recipes that `--config` knows by name."""
+
 
 def with_recipe(arguments: list[str]) -> list[str]:
-    """A command line in which `--config FILE` is replaced by the options in that file, before all others.
+    """A command line in which `--config FILE` or NAME is replaced by the options in that file, before all others.
 
     Args:
         arguments: Of the command, without its name; an option that is given twice counts as it is given last.
@@ -22,21 +25,22 @@ def with_recipe(arguments: list[str]) -> list[str]:
         UsageError: If the file cannot be read, or names something that is no option.
 
     Example:
-        >>> with_recipe(["--model", "resnet50_etf"])
-        ['--model', 'resnet50_etf']
+        >>> with_recipe(["--model", "resnet50_etf", "--config", "fixed-frame"])
+        ['--model-kwargs', 'projector=mlp', '--model', 'resnet50_etf']
     """
     rest: list[str] = []
-    files: list[str] = []
+    files: list[Path] = []
     items = iter(arguments)
     for item in items:
         option, equals, value = item.partition("=")
         if option != "--config":
             rest.append(item)
         elif not (file := value if equals else next(items, "")):
-            raise UsageError("--config takes a yaml file.")
+            raise UsageError(f"--config takes a yaml file, or one of {', '.join(p.stem for p in PACKAGED.iterdir())}.")
         else:
-            files.append(file)
-    return [argument for file in files for argument in _arguments(Path(file))] + rest
+            known = PACKAGED / f"{file}.yaml"
+            files.append(known if known.exists() else Path(file))
+    return [argument for file in files for argument in _arguments(file)] + rest
 
 
 def _arguments(file: Path) -> list[str]:

@@ -1,0 +1,124 @@
+"""examples/study: its arms, its report, and images that are decoded once."""
+
+import runpy
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import commands
+from tests.pretrain.runs import arguments, config, lines
+from timm_etf.data import images as target_images
+from timm_etf.features import extract
+from timm_etf.pretrain import data
+from timm_etf.pretrain.config import PretrainConfig
+
+STUDY = Path(__file__).parents[1] / "examples" / "study"
+sys.path.insert(0, str(STUDY))
+
+import in_memory  # noqa: E402
+
+IN_MEMORY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import in_memory
+in_memory.start(Path(sys.argv[2]), 1)
+del sys.argv[1:3]
+in_memory.cli.main()
+"""
+
+
+def test_every_arm_can_be_trained(tmp_path: Path) -> None:
+    study = runpy.run_path(str(STUDY / "study.py"))
+    assert len(study["ARMS"]) == 19
+    for arm in study["ARMS"].values():
+        for name, family in study["FAMILIES"].items():
+            if arm.whitened and name != "resnet10t":
+                continue
+            options = [*arm.options(name), *study["COMMON"].split(), *family.options.split()]
+            folders = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+            tyro.cli(PretrainConfig, args=[*options, *folders]).check()
+
+
+def test_the_report_is_that_of_its_results(tmp_path: Path) -> None:
+    shutil.copy(STUDY / "results.json", tmp_path)
+    runpy.run_path(str(STUDY / "report.py"))["main"](tmp_path)
+    assert (tmp_path / "report.md").read_text() == (STUDY / "report.md").read_text()
+    assert (tmp_path / "waterfall.png").stat().st_size > 5000
+
+
+@given(st.floats(0.05, 1), st.floats(0, 1), st.floats(1, 3), st.integers(0, 99))
+def test_boxes_are_of_the_area_and_shape_that_were_asked_for(low: float, more: float, ratio: float, seed: int) -> None:
+    scale = (low, low + more * (1 - low))
+    left, top, width, height = in_memory.boxes(64, scale, (1 / ratio, ratio), in_memory.seeded(seed)).T
+    whole = (width == 1) & (height == 1)
+    area, aspect = width * height, width / height
+    assert ((area >= scale[0] - 1e-4) & (area <= scale[1] + 1e-4) | whole).all()
+    assert ((aspect >= 1 / ratio - 1e-4) & (aspect <= ratio + 1e-4)).all()
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (left + width <= 1 + 1e-6).all()
+    assert (top + height <= 1 + 1e-6).all()
+
+
+def test_a_crop_is_that_part_of_the_image() -> None:
+    ramp = torch.arange(64.0).expand(1, 1, 64, 64)  # the column of each pixel
+    image = torch.cat([ramp, ramp.mT], 1).round().byte()
+    box = torch.tensor([[0.25, 0.5, 0.5, 0.25]])
+    found = in_memory.crops(image, box, 16)[0]
+    columns = 64 * (0.25 + 0.5 * (torch.arange(16) + 0.5) / 16) - 0.5
+    rows = 64 * (0.5 + 0.25 * (torch.arange(16) + 0.5) / 16) - 0.5
+    torch.testing.assert_close(found, torch.stack([columns.expand(16, 16), rows.expand(16, 16).T]), atol=1e-3, rtol=0)
+
+
+@pytest.fixture
+def decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(in_memory, "folder", tmp_path / "decoded")
+    return tmp_path / "decoded"
+
+
+def test_training_sees_the_images_in_the_loops_order_and_continues_exactly(images: Path, decoded: Path) -> None:
+    settings = config(images, decoded / "run", hflip=0.0, color_jitter=0.0, img_size=24, epoch_repeats=2)
+    task = data.open_task(settings)
+    ours = in_memory.Training(task.train, settings, 0, 1)
+    batches = list(ours.epoch(1))
+    task.train.transform = data.transforms(settings, timm.data.resolve_data_config({"img_size": 24}))[0]  # type: ignore[attr-defined]
+    theirs = data.TrainLoader(task.train, settings, 0, 1)
+    assert len(batches) == theirs.batches_per_epoch
+    assert torch.equal(torch.cat([y for _, y in batches]), torch.cat([y for _, y in theirs.epoch(1)]))
+    assert batches[0][0].shape == (16, 3, 24, 24)
+    later = next(islice(ours.epoch(1, 3), 1))
+    assert torch.equal(later[0], batches[3][0])
+    assert not torch.equal(next(ours.epoch(0))[0], batches[0][0])
+
+
+def test_features_are_those_of_any_loader(images: Path, decoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("test_resnet", num_classes=0)
+    targets, _ = target_images.find_targets([str(images)], images)
+    split = target_images.open_splits(targets[0]).train
+    expected = extract.features_of(model, split, batch_size=50, workers=0)
+    monkeypatch.setattr(extract, "DataLoader", in_memory.features_loader)
+    for _ in range(2):  # decoding, and what is decoded
+        found = extract.features_of(model, split, batch_size=50, workers=0)
+        assert (found.x == expected.x).all()
+        assert (found.y == expected.y).all()
+
+
+def test_commands_train_and_fine_tune_with_images_in_memory(images: Path, tmp_path: Path) -> None:
+    places = (STUDY, tmp_path / "decoded")
+    training = arguments(images, tmp_path / "run", "--color-jitter", 0)
+    commands.run(*places, *training, code=IN_MEMORY, check=True)
+    assert lines(tmp_path / "run")[-1]["top1"] > 60
+    model = f"a=local-dir:{tmp_path / 'run' / 'export'}"
+    tuning = ("transfer", "--models", model, "--targets", images, "--out", tmp_path / "out")
+    budget = "--protocols finetune --finetune-steps 10 --seeds 1 --workers 0".split()
+    commands.run(*places, *tuning, *budget, code=IN_MEMORY, check=True)
+    assert len(list((tmp_path / "decoded").glob("*.npy"))) == 5  # training, validation; crops; splits of the target
