@@ -15,12 +15,16 @@ import timm
 import torch
 from PIL import Image
 
+import timm_etf
 from tests import commands
 from tests.conftest import write_images
 from timm_etf import UsageError, fix_classifier, hub
+from timm_etf.classifier import fixed_classifiers
 from timm_etf.features.candidates import Candidate
 from timm_etf.features.extract import load
 from timm_etf.hub.card import own_results
+from timm_etf.studies.geometry import Settings as Geometry
+from timm_etf.studies.geometry import run as run_geometry
 from timm_etf.transfer.run import Settings, run, summary
 
 
@@ -248,6 +252,48 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path, monkeypatch
     before = times(tmp_path)
     run(chosen)
     assert times(tmp_path) == before
+
+
+@pytest.mark.parametrize("head", ["learned", "etf", "nearest"])
+def test_a_kept_model_is_the_one_that_was_scored(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    monkeypatch.setattr("timm_etf.transfer.fine_tuning.LEARNING_RATES", (0.03,))
+    monkeypatch.setattr("timm_etf.transfer.fine_tuning.WEIGHT_DECAYS", (1e-5,))
+    for split in ("train", "validation", "test"):
+        write_images(tmp_path / "bars", split, 7)
+    options = {"models": (f"fixed=local-dir:{models}/fixed0",), "protocols": ("finetune",), "seeds": 1}
+    options |= {"finetune_steps": 20, "finetune_batch_size": 16, "finetune_head": head, "keep_models": True}
+    chosen = settings(models, tmp_path / "bars", tmp_path / "out", targets=(str(tmp_path / "bars"),), **options)
+    report = run(chosen)
+    result = report.runs("fixed", "bars", "finetune")[0][0]
+    folder = tmp_path / "out" / "models" / "fixed" / "0" / "bars" / "seed0"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    images = timm.data.create_dataset("folder", tmp_path / "bars" / "test", transform=transform)
+    with torch.inference_mode():
+        logits = torch.cat([model(image.unsqueeze(0)) for image, _ in images])
+    assert model.pretrained_cfg["label_names"] == [f"class{k}" for k in range(5)]
+    assert (logits.argmax(1).numpy() == result.y).tolist() == result.correct.astype(bool).tolist()
+    config = json.loads((folder / "config.json").read_text())
+    assert ("etf" in config) == (head != "learned")
+    restored = timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
+    assert len(list(fixed_classifiers(restored))) == (head != "learned")
+    before = times(tmp_path)
+    run(chosen)
+    assert times(tmp_path) == before
+    shutil.rmtree(folder)  # and it comes back
+    run(chosen)
+    assert (folder / "model.safetensors").exists()
+    measured = tmp_path / "geometry"
+    run_geometry(Geometry(models=(f"tuned={folder}",), out=measured, data=(str(tmp_path / "bars"),), workers=0))
+    assert (measured / "results.json").exists()
+
+
+def test_keeping_models_needs_fine_tuning(models: Path, images: Path, tmp_path: Path) -> None:
+    for options in ({"keep_models": True}, {"finetune_head": "etf"}):
+        with pytest.raises(UsageError, match="add finetune to --protocols"):
+            run(settings(models, images, tmp_path / "out", **options))
 
 
 def test_a_killed_run_continues_where_it_was(models: Path, images: Path, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Fine-tuning: the whole network and a fresh classifier; rate and weight decay chosen on validation images."""
+"""Fine-tuning: the whole network and a new classifier; rate and weight decay chosen on validation images."""
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import timm.data
@@ -18,6 +18,10 @@ from timm_etf.data.images import Images, Splits
 from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError
 from timm_etf.transfer.result import Result, validation_mask
+
+Head = Literal["learned", "etf", "nearest"]
+"""The target's classifier: fresh and trained; fixed to a frame of the seed; fixed to the simplex nearest to the class
+means of the pretrained features."""
 
 LEARNING_RATES = (0.003, 0.01, 0.03)
 WEIGHT_DECAYS = (1e-5, 1e-3)
@@ -81,19 +85,22 @@ def finetune(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    keep: Callable[[nn.Module], object] | None = None,
 ) -> Result:
     """Fine-tune on a target and score it; a function of the seed, whatever the number of loader processes.
 
     Every pair of a learning rate and a weight decay is trained on the training images and scored on the validation
-    images; the best is trained again on both. The classifier is fresh and trainable, whatever the backbone was
-    pretrained under. Training images are cropped at random (60 to 100 % of the area) and mirrored if the target allows.
+    images; the best is trained again on both. Training images are cropped at random (60 to 100 % of the area) and
+    mirrored if the target allows.
 
     Args:
-        build: Makes the pretrained model for a number of classes.
+        build: Makes the pretrained model for a number of classes, with the classifier that is to be tuned or kept; it
+            is called with torch's seed set to `seed`.
         splits: The target.
         budget: The same for every model that is compared.
         seed: Seed of the classifier, the order and the crops, and of the validation images where the target has none.
         device: Where to train.
+        keep: Is given the model that the result is of, in evaluation mode.
 
     Returns:
         The result on every test image; `chosen` has the learning rate and weight decay.
@@ -123,9 +130,9 @@ def finetune(
         truth = validation.labels()
         scores = [(run(fit, validation, *pair, bar) == truth).double().mean().item() for pair in grid]
         lr, weight_decay = grid[int(np.argmax(scores))]
-        predicted = run(_Part(everything, rows), test, lr, weight_decay, bar).numpy()
+        predicted = run(_Part(everything, rows), test, lr, weight_decay, bar, keep).numpy()
     y = splits.test.labels
-    statement = f"all layers trained; {budget.words}"
+    statement = f"all other layers trained; {budget.words}"
     return Result((predicted == y).astype(np.float32), y, statement, {"lr": lr, "weight_decay": weight_decay})
 
 
@@ -138,7 +145,15 @@ class _Runner:
     seed: int
     device: torch.device
 
-    def __call__(self, train: _Part, test: _Part, lr: float, weight_decay: float, bar: Any) -> Tensor:
+    def __call__(
+        self,
+        train: _Part,
+        test: _Part,
+        lr: float,
+        weight_decay: float,
+        bar: Any,
+        keep: Callable[[nn.Module], object] | None = None,
+    ) -> Tensor:
         """Train once and predict the classes of `test`."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -150,7 +165,10 @@ class _Runner:
             model.eval()
             with torch.inference_mode():
                 loader: DataLoader[Any] = DataLoader(still, self.budget.batch_size * 4, num_workers=self.budget.workers)
-                return torch.cat([model(pixels.to(self.device)).argmax(1).cpu() for pixels, _ in loader])
+                predicted = torch.cat([model(pixels.to(self.device)).argmax(1).cpu() for pixels, _ in loader])
+            if keep:
+                keep(model)
+            return predicted
 
     def _augmentation(self, config: dict[str, Any]) -> Any:
         shared = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}

@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +17,18 @@ from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
+from timm_etf import hub
 from timm_etf.atomic import atomic_file, write_json
+from timm_etf.classifier import fix_classifier
 from timm_etf.errors import UsageError, one_line
 from timm_etf.features.extract import PRE_LOGITS, Features, Layers, layer_names, load
 from timm_etf.features.study import Inputs, Measured, Pair, Study
+from timm_etf.frames import nearest_simplex
 from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.processes import exact_device, processes
 from timm_etf.report.page import write
 from timm_etf.transfer.few_shot import SHOTS, fewshot
-from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS, Budget, finetune
+from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS, Budget, Head, finetune
 from timm_etf.transfer.neighbours import knn
 from timm_etf.transfer.probe import linear_probe
 from timm_etf.transfer.report import Report, summary
@@ -59,6 +62,11 @@ class Settings(Inputs):
     """Optimizer steps of each fine-tuning."""
     finetune_batch_size: int = Budget.batch_size
     """Images per step of it."""
+    finetune_head: Head = "learned"
+    """Classifier of the target: fresh and trained (learned), fixed to a frame (etf), or fixed to the simplex nearest to
+    the class means of the pretrained features (nearest)."""
+    keep_models: bool = False
+    """Export every fine-tuned model into OUT/models, for geometry, random-features and plain timm."""
 
     @property
     def budget(self) -> Budget:
@@ -75,6 +83,13 @@ class Settings(Inputs):
                 raise UsageError(f"--{option.replace('_', '-')} is at least {least}.")
         if self.depths and "probe" not in self.protocols:
             raise UsageError("--depths probes several layers: add probe to --protocols.")
+        if "finetune" not in self.protocols and (self.keep_models or self.finetune_head != "learned"):
+            raise UsageError("--keep-models and --finetune-head are of fine-tuning: add finetune to --protocols.")
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether anything is measured on features, or made of them."""
+        return not set(self.protocols) <= {"finetune"} or self.finetune_head == "nearest"
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,8 @@ class Job:
     seed: int
     path: Path
     key: str
+    model: Path | None = None
+    """Folder of the model that the result is of, where it is kept."""
 
 
 def run(settings: Settings) -> Report:
@@ -102,14 +119,13 @@ def run(settings: Settings) -> Report:
         UsageError: If the settings are wrong, before anything is computed, or nothing at all could be computed.
     """
     started, state = time.perf_counter(), processes()
-    uses_features = not set(settings.protocols) <= {"finetune"}
-    splits = ("train", "validation", "test") if uses_features else ()
+    splits = ("train", "validation", "test") if settings.uses_features else ()
     study = Study(settings, settings.targets, splits=splits, layers=Layers(settings.depths))
     jobs: list[Job] = []
     collapsed: dict[tuple[int, str], dict[str, float]] = {}
     for measured in study.measured():
         for pair in measured.pairs:
-            if state.is_main_process and uses_features:
+            if state.is_main_process and settings.uses_features:
                 try:
                     collapsed[measured.number, pair.data] = _collapse(pair)
                 except Exception as e:
@@ -145,12 +161,18 @@ def _line_up(
 ) -> Iterator[tuple[Job, Callable[[], Result]]]:
     """Every job of a model on a target, and how to compute it."""
     member = sum(c.label == pair.label for c in study.candidates[: measured.number])
-    folder = settings.out / "results" / pair.label / str(member) / pair.data
+    place = Path(pair.label, str(member), pair.data)
+    candidate = study.candidates[measured.number]
     for protocol, rests_on, compute in _protocols(settings, measured, pair):
         for seed in range(settings.seeds):
             key = hashlib.sha256(json.dumps([_VERSION, protocol, seed, rests_on], default=str).encode()).hexdigest()
-            path = folder / f"{protocol.replace(' ', '-')}-seed{seed}.safetensors"
-            yield Job(measured.number, pair.data, protocol, seed, path, key), partial(compute, seed=seed)
+            path = settings.out / "results" / place / f"{protocol.replace(' ', '-')}-seed{seed}.safetensors"
+            job, compute_it = Job(measured.number, pair.data, protocol, seed, path, key), partial(compute, seed=seed)
+            if protocol == "finetune" and settings.keep_models:
+                kept = settings.out / "models" / place / f"seed{seed}"
+                about = {"finetuned_from": candidate.name, "target": pair.data, "key": key, "seed": seed}
+                job, compute_it = replace(job, model=kept), partial(compute_it, keep=partial(_keep, kept, pair, about))
+            yield job, compute_it
 
 
 def _protocols(
@@ -172,9 +194,10 @@ def _protocols(
     if "finetune" in settings.protocols:
         budget = settings.budget
         grid = [budget.steps, budget.batch_size, LEARNING_RATES, WEIGHT_DECAYS]
+        head = settings.finetune_head
         rests_on = [measured.identity, *(s.fingerprint for s in pair.splits), grid]
-        build = partial(_fresh, measured.model)
-        yield "finetune", rests_on, partial(finetune, build, pair.splits, budget, device=device)
+        rests_on += [] if head == "learned" else [head]
+        yield "finetune", rests_on, partial(_finetune, pair, head, budget, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -195,10 +218,43 @@ def _few(folders: tuple[Path, ...], shots: int, *, seed: int, device: torch.devi
     return fewshot(train, test, shots, seed=seed, device=device)
 
 
-def _fresh(model: nn.Module, num_classes: int) -> nn.Module:
+def _finetune(pair: Pair, head: Head, budget: Budget, *, seed: int, **options: Any) -> Result:
+    frame: str | torch.Tensor | None = {"learned": None, "etf": "auto"}.get(head)
+    if head == "nearest":
+        train = _features(tuple(pair.folders.values()), PRE_LOGITS)[0]
+        frame = nearest_simplex(ClassMoments.of(train.x, train.y, len(train.class_names)).mean)
+    result = finetune(partial(_with_head, pair.model, frame, seed), pair.splits, budget, seed=seed, **options)
+    return replace(result, treatment=f"{_HEADS[head]}; {result.treatment}")
+
+
+_HEADS = {
+    "learned": "a fresh classifier, trained",
+    "etf": "classifier fixed to a frame",
+    "nearest": "classifier fixed to the simplex nearest to the class means of the pretrained features",
+}
+
+
+def _with_head(model: nn.Module, frame: str | torch.Tensor | None, seed: int, num_classes: int) -> nn.Module:
+    """A copy with a fresh classifier, or a fixed one."""
     copied: Any = copy.deepcopy(model)
     copied.reset_classifier(num_classes)
-    return copied
+    return copied if frame is None else fix_classifier(copied, frame, seed)
+
+
+def _keep(folder: Path, pair: Pair, about: dict[str, Any], model: nn.Module) -> None:
+    names = list(pair.splits.train.class_names)
+    hub.export(model.cpu(), folder, label_names=names, recipe=about, overwrite=True)
+
+
+def _is_kept(job: Job) -> bool:
+    """Whether the model of a job is there, if it is to be."""
+    if job.model is None:
+        return True
+    try:
+        config = json.loads((job.model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return job.key in json.dumps(config)
 
 
 def _collapse(pair: Pair) -> dict[str, float]:
@@ -212,7 +268,7 @@ def _collapse(pair: Pair) -> dict[str, float]:
 
 def _finish(job: Job, compute: Callable[[], Result]) -> None:
     """Compute a job and file its result, unless it is there."""
-    if isinstance(_read(job), tuple):
+    if isinstance(_read(job), tuple) and _is_kept(job):
         return
     started = time.perf_counter()
     about: dict[str, Any] = {"key": job.key}
@@ -267,7 +323,7 @@ def _about(settings: Settings, study: Study, seconds: float) -> dict[str, Any]:
     """What was asked for, for results.json."""
     about = study.settings()
     about["targets"] = about.pop("data")
-    about |= {k: getattr(settings, k) for k in ("protocols", "seeds", "depths")}
+    about |= {k: getattr(settings, k) for k in ("protocols", "seeds", "depths", "finetune_head")}
     about["budget"] = {"steps": settings.finetune_steps, "batch_size": settings.finetune_batch_size}
     return {**about, "seconds_of_this_call": round(seconds, 1)}
 
