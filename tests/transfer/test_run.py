@@ -290,6 +290,49 @@ def test_a_kept_model_is_the_one_that_was_scored(
     assert (measured / "results.json").exists()
 
 
+def test_differences_are_shown_over_the_distance_from_the_source(models: Path, images: Path, tmp_path: Path) -> None:
+    for name, level in (("near", 0), ("middle", 60), ("far", 120)):
+        shutil.copytree(images, tmp_path / name)
+        for path in (tmp_path / name).rglob("*.png"):
+            pixels = np.asarray(Image.open(path)).astype(int) + level
+            Image.fromarray(np.minimum(255, pixels).astype(np.uint8)).save(path)
+    groups = {"near": "near", "middle": "near", "far": "far"}
+    targets = tuple(f"{tmp_path / name},group={group}" for name, group in groups.items())
+    both = tuple(f"{label}={models}/{label}{number}" for label in ("plain", "fixed") for number in (0, 1))
+    options = {"models": both, "targets": targets, "protocols": ("knn",), "source": str(images)}
+    report = run(settings(models, images, tmp_path / "out", neutral="test_resnet,pretrained=False", **options))
+    assert not report.missing
+    told = json.loads((tmp_path / "out" / "results.json").read_text())["distance"]
+    assert set(told["by_model"]) == {"plain", "fixed", "neutral"}
+    for found in told["by_model"].values():
+        assert found["near"]["proxy_a"] < 0.5 < 1.5 < found["far"]["proxy_a"]
+        assert found["near"]["frechet"] < found["middle"]["frechet"] < found["far"]["frechet"]
+    assert -1 <= told["difference_over_distance"]["knn"]["fixed"]["spearman"] <= 1
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| **mean of 2 near** |" in page
+    assert "| **mean of 1 far** |" in page
+    page = page[page.index("## Distance from") :]
+    assert page.index("| near | 0.") < page.index("| middle | ") < page.index("| far | ")
+    assert "`fixed` - `plain` under knn over proxy A-distance: rank correlation" in page
+    assert (tmp_path / "out" / "distance.png").stat().st_size > 10_000
+    before = times(tmp_path / "out")
+    run(settings(models, images, tmp_path / "out", neutral="test_resnet,pretrained=False", **options))
+    assert {p: t for p, t in times(tmp_path / "out").items() if "features" in p} == {
+        p: t for p, t in before.items() if "features" in p
+    }
+
+
+def test_a_source_that_is_not_there(models: Path, images: Path, tmp_path: Path) -> None:
+    for options, says in (
+        ({"source": "kanji"}, "--source kanji: not built in"),
+        ({"source": str(images), "neutral": "no_such_model"}, "knows no model"),
+        ({"neutral": "test_resnet"}, "give it with --source"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            run(settings(models, images, tmp_path / "out", data_root=tmp_path, **options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_keeping_models_needs_fine_tuning(models: Path, images: Path, tmp_path: Path) -> None:
     for options in ({"keep_models": True}, {"finetune_head": "etf"}):
         with pytest.raises(UsageError, match="add finetune to --protocols"):

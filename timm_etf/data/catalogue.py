@@ -29,6 +29,7 @@ class Target:
         label: Column of the labels (not used for image folders).
         metric: `top1` or `mean_per_class`.
         hflip: Whether a mirrored image is still of its class, for fine-tuning.
+        group: Group of targets that a report also gives the mean of, such as `near` or `far`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target:
     label: str = "label"
     metric: Metric = "top1"
     hflip: bool = True
+    group: str = ""
 
 
 HUB = {

@@ -107,6 +107,21 @@ class Protocol(TypedDict):
     mean: Mean | None
 
 
+class Correlation(TypedDict):
+    """Rank correlation of a difference with the distance; the interval is over targets and trainings."""
+
+    spearman: float
+    interval: Interval
+
+
+class Distance(TypedDict):
+    """How far targets are from the source: by label, or `neutral`, target and kind; and by protocol and label."""
+
+    source: str
+    by_model: dict[str, dict[str, dict[str, float]]]
+    difference_over_distance: dict[str, dict[str, Correlation]]
+
+
 class Transfer(Head):
     """results.json of `timm-etf transfer`; `reference` is None where it has no result."""
 
@@ -115,6 +130,7 @@ class Transfer(Head):
     protocols: dict[str, Protocol]
     collapse_of_train_features: dict[str, dict[str, list[Collapse | None]]]
     seconds: dict[str, float]
+    distance: NotRequired[Distance]
 
 
 class OwnRow(Measured):

@@ -1,7 +1,7 @@
 """The statistics of a comparison: accuracies, paired differences from the first label, and their intervals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from timm_etf.data.catalogue import Target
 from timm_etf.features.candidates import Candidate
 from timm_etf.report.statistics import in_quadrature, log_odds, percentiles, t_interval
+from timm_etf.transfer.distance import rank_correlation
 from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS
 from timm_etf.transfer.neighbours import NEIGHBOURS, TEMPERATURES
 from timm_etf.transfer.probe import STRENGTHS
@@ -79,6 +80,8 @@ class Comparison:
         collapse: Collapse metrics of the training features, by number of the candidate and target.
         weights_sha256: Hash of the weights' file, by number of the candidate.
         settings: What was asked for; `seeds` is the number of protocol seeds.
+        distance: `proxy_a` and `frechet` distance of a target from the source, by number of the candidate, or
+            "neutral", and target; empty where no source was given.
     """
 
     candidates: Sequence[Candidate]
@@ -90,6 +93,7 @@ class Comparison:
     collapse: dict[tuple[int, str], dict[str, float]]
     weights_sha256: dict[int, str]
     settings: dict[str, Any]
+    distance: dict[tuple[int | str, str], dict[str, float]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -123,6 +127,23 @@ class Comparison:
         if any(k not in self.results for row in keys for k in row):
             return []
         return [[self.results[k] for k in row] for row in keys]
+
+    def distance_of(self, target: Target, kind: str = "proxy_a", label: str | None = None) -> float:
+        """A target's distance from the source: under the neutral model, or the mean over a label's, or all, models."""
+        models: Sequence[int | str] = ["neutral"] if label is None else self.members(label)
+        if label is None and ("neutral", target.name) not in self.distance:
+            models = range(len(self.candidates))
+        found = [self.distance[m, target.name][kind] for m in models if (m, target.name) in self.distance]
+        return float(np.mean(found)) if found else float("nan")
+
+    def gain_over_distance(self, label: str, protocol: str) -> tuple[float, tuple[float, float]] | None:
+        """Rank correlation of a label's difference from the reference with the distance, and its interval."""
+        targets = [t for t in self.paired(label, protocol) if np.isfinite(self.distance_of(t))]
+        if len(targets) < 3:
+            return None
+        differences = [self.difference(label, [t], protocol) for t in targets]
+        gains = [d.by_run or (d.mean,) for d in differences]
+        return rank_correlation([self.distance_of(t) for t in targets], np.transpose(gains))
 
     def complete(self, protocol: str, *labels: str) -> list[Target]:
         """Targets on which each of the labels, by default every one, has all its results."""

@@ -23,14 +23,16 @@ def draw(report: Comparison, out: Path) -> dict[str, str]:
         out: Folder of the pictures.
 
     Returns:
-        What each picture shows, by file name: `transfer.png`, and `collapse.png` and `depths.png` where there are such
-        results.
+        What each picture shows, by file name: `transfer.png`, and `collapse.png`, `distance.png` and `depths.png` where
+        there are such results.
     """
     made: dict[str, str] = {}
     with rc_context(STYLE):
         made[save(_differences(report), out / "transfer.png")] = "Paired differences, or accuracies of one model"
         if report.collapse and any(p in report.protocols for p in ("probe", "knn")):
             made[save(_collapse(report), out / "collapse.png")] = "Accuracy against collapse"
+        if report.distance and report.others:
+            made[save(_distance(report), out / "distance.png")] = "Differences over distance from the source"
         if any(" at depth " in p for p in report.protocols):
             made[save(_depths(report), out / "depths.png")] = "Accuracy of a probe over depth"
     return made
@@ -96,6 +98,38 @@ def _dot(
         interval = report.interval(label, targets, protocol)
     axis.plot(interval, [y] * 2, color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt")
     axis.plot(value, y, "D" if bold else "o", color=colour, markersize=6 if bold else 4.5)
+
+
+def _distance(report: Comparison) -> Any:
+    """Every label less the reference, in percentage points, over the targets' distance from the source."""
+    protocols = [p for p in report.protocols if " at depth " not in p]
+    columns = min(3, len(protocols))
+    rows = -(-len(protocols) // columns)
+    figure: Any = Figure(figsize=(0.8 + 3.6 * columns, 0.9 + 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axis, protocol in zip(axes, protocols, strict=False):
+        said = []
+        for label in report.others:
+            for target in report.paired(label, protocol):
+                difference, x = report.difference(label, [target], protocol), report.distance_of(target)
+                interval = difference.runs_and_images or difference.test_images
+                axis.plot([x] * 2, interval, color=_colour(report, label), linewidth=0.9)
+                axis.plot(x, difference.mean, "o", color=_colour(report, label), markersize=4.5)
+                if label == report.others[0]:
+                    axis.annotate(target.name, (x, interval[1]), fontsize=6, ha="center", va="bottom")
+            if found := report.gain_over_distance(label, protocol):
+                said.append(f"{label} {found[0]:+.2f} ({found[1][0]:+.2f} to {found[1][1]:+.2f})")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title("\n".join([protocol, *said]), fontsize=8)
+        axis.margins(x=0.15, y=0.15)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(protocols) :]:
+        axis.set_axis_off()
+    figure.supxlabel("proxy A-distance from the source (above: rank correlation)", fontsize=8)
+    figure.supylabel(f"accuracy less {report.reference}, points", fontsize=9)
+    handles = [axes[0].plot([], [], "o", color=_colour(report, la), label=la)[0] for la in report.others]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    return figure
 
 
 def _collapse(report: Comparison) -> Any:

@@ -29,6 +29,8 @@ class Report(Comparison):
             lines += [f"## {protocol}", "", *_table(self, protocol), "", *_below(self, protocol), ""]
         if self.collapse:
             lines += ["## Collapse of the targets' training features", "", *_collapse(self), ""]
+        if self.distance:
+            lines += [f"## Distance from {self.settings['source']}", "", *_distance(self), ""]
         if self.missing or self.notes:
             lines += ["## What is missing", "", *remarks(self.missing, self.notes), ""]
         spent = ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items() if v >= 0.5)
@@ -106,7 +108,19 @@ def _table(c: Comparison, protocol: str) -> list[str]:
             show(c.difference(la, [target], protocol)) if target in c.paired(la, protocol) else "-" for la in c.others
         ]
         lines.append(row([name, str(len(rows[0][0][0].y)), *accuracies, *differences]))
-    return [*lines, *_mean_rows(c, protocol)]
+    return [*lines, *_mean_rows(c, protocol), *_group_rows(c, protocol)]
+
+
+def _group_rows(c: Comparison, protocol: str) -> list[str]:
+    """Means over the targets of a group that every label has."""
+    lines = []
+    for group in dict.fromkeys(t.group for t in c.targets if t.group):
+        targets = [t for t in c.complete(protocol) if t.group == group]
+        if targets:
+            accuracies = [f"{c.accuracy(la, targets, protocol):.1f}" for la in c.labels]
+            differences = [show(c.difference(la, targets, protocol)) for la in c.others]
+            lines.append(row([f"**{MEAN} of {len(targets)} {group}**", "", *accuracies, *differences]))
+    return lines
 
 
 def _mean_rows(c: Comparison, protocol: str) -> list[str]:
@@ -167,6 +181,28 @@ def _below(c: Comparison, protocol: str) -> list[str]:
                 counts[name] = counts.get(name, 0) + count
     often = [f"{name} in {count} of {runs} runs" for name, count in counts.items() if 2 * count > runs]
     return lines + (["", f"Chosen at an end of its grid: {', '.join(often)}."] if often else [])
+
+
+def _distance(c: Comparison) -> list[str]:
+    """Distances, nearest first, and how differences go with them."""
+    named: dict[str, str | None] = {la: la for la in c.labels}
+    named |= {"neutral": None} if any(m == "neutral" for m, _ in c.distance) else {}
+    header = ["target", *(f"proxy A, {name}" for name in named), *(f"Fréchet, {name}" for name in named)]
+    lines = [row(header), "|" + "---|" * len(header)]
+    for target in sorted(c.targets, key=c.distance_of):
+        proxy, frechet = ([c.distance_of(target, k, la) for la in named.values()] for k in ("proxy_a", "frechet"))
+        lines.append(row([target.name, *(f"{v:.2f}" for v in proxy), *(f"{v:.3g}" for v in frechet)]))
+    said = (
+        "Of training images. Proxy A-distance is 0 where no linear classifier tells them from the source's, 2 where one"
+    )
+    lines += ["", f"{said} makes no error. Fréchet distances compare within a model alone."]
+    for protocol in c.protocols:
+        for label in c.others:
+            if found := c.gain_over_distance(label, protocol):
+                between = f"`{label}` - `{c.reference}` under {protocol} over proxy A-distance"
+                low, high = found[1]
+                lines += ["", f"{between}: rank correlation {found[0]:+.2f} ({low:+.2f} to {high:+.2f})."]
+    return [*lines, "", "Intervals: 95 %, over targets and trainings resampled together."]
 
 
 def _collapse(c: Comparison) -> list[str]:

@@ -14,6 +14,30 @@ from timm_etf.transfer.result import Result, resampled
 def as_json(comparison: Comparison) -> results.Transfer:
     """What goes into results.json."""
     c = comparison
+    return _head(c) | ({"distance": _distance(c)} if c.distance else {})
+
+
+def _distance(c: Comparison) -> results.Distance:
+    kinds = ("proxy_a", "frechet")
+    named: dict[str, str | None] = {la: la for la in c.labels}
+    named |= {"neutral": None} if any(m == "neutral" for m, _ in c.distance) else {}
+    correlations: dict[str, dict[str, results.Correlation]] = {}
+    for protocol in c.protocols:
+        for label in c.others:
+            if found := c.gain_over_distance(label, protocol):
+                value: results.Correlation = {"spearman": found[0], "interval": list(found[1])}
+                correlations.setdefault(protocol, {})[label] = value
+    return {
+        "source": str(c.settings["source"]),
+        "by_model": {
+            name: {t.name: {k: c.distance_of(t, k, label) for k in kinds} for t in c.targets}
+            for name, label in named.items()
+        },
+        "difference_over_distance": correlations,
+    }
+
+
+def _head(c: Comparison) -> results.Transfer:
     return {
         "settings": c.settings,
         "weights_sha256": {la: [c.weights_sha256.get(m) for m in c.members(la)] for la in c.labels},

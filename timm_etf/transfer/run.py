@@ -27,6 +27,7 @@ from timm_etf.frames import nearest_simplex
 from timm_etf.geometry import ClassMoments, collapse
 from timm_etf.processes import exact_device, processes
 from timm_etf.report.page import write
+from timm_etf.transfer.distance import Distances
 from timm_etf.transfer.few_shot import SHOTS, fewshot
 from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS, Budget, Head, finetune
 from timm_etf.transfer.neighbours import knn
@@ -67,6 +68,10 @@ class Settings(Inputs):
     the class means of the pretrained features (nearest)."""
     keep_models: bool = False
     """Export every fine-tuned model into OUT/models, for geometry, random-features and plain timm."""
+    source: str | None = None
+    """What the models were pretrained on, named as a target: tells how far every target is from it."""
+    neutral: str | None = None
+    """A further model, of any weights or none, under whose features the distances are told, too."""
 
     @property
     def budget(self) -> Budget:
@@ -85,6 +90,8 @@ class Settings(Inputs):
             raise UsageError("--depths probes several layers: add probe to --protocols.")
         if "finetune" not in self.protocols and (self.keep_models or self.finetune_head != "learned"):
             raise UsageError("--keep-models and --finetune-head are of fine-tuning: add finetune to --protocols.")
+        if self.neutral and not self.source:
+            raise UsageError("--neutral tells distances from a source: give it with --source.")
 
     @property
     def uses_features(self) -> bool:
@@ -123,6 +130,7 @@ def run(settings: Settings) -> Report:
     study = Study(settings, settings.targets, splits=splits, layers=Layers(settings.depths))
     jobs: list[Job] = []
     collapsed: dict[tuple[int, str], dict[str, float]] = {}
+    distances = Distances(settings, study)
     for measured in study.measured():
         for pair in measured.pairs:
             if state.is_main_process and settings.uses_features:
@@ -132,6 +140,7 @@ def run(settings: Settings) -> Report:
                     study.missing[f"{study.title(measured.number)}: {pair.data}, collapse"] = one_line(e)
             lined_up = list(_line_up(settings, study, measured, pair))
             jobs += [job for job, _ in lined_up]
+            distances.measure(measured.number, measured.model, pair.splits)
             mine = lined_up[state.process_index :: state.num_processes]
             bar = tqdm(mine, unit="job", leave=False, disable=None if state.is_main_process else True)
             for job, compute in bar:
@@ -139,6 +148,7 @@ def run(settings: Settings) -> Report:
                 _finish(job, compute)
     _features.cache_clear()
     state.wait_for_everyone()
+    distances.measure_neutral()
     results, seconds = _filed(study, jobs)
     report = Report(
         candidates=study.candidates,
@@ -150,6 +160,7 @@ def run(settings: Settings) -> Report:
         collapse=collapsed,
         weights_sha256={k: v for k, v in study.weights_sha256.items() if v},
         settings=_about(settings, study, time.perf_counter() - started),
+        distance=distances.found,
     )
     if state.is_main_process:
         write(settings.out, report.as_json(), report.as_markdown(), partial(_draw, report))
@@ -323,7 +334,7 @@ def _about(settings: Settings, study: Study, seconds: float) -> dict[str, Any]:
     """What was asked for, for results.json."""
     about = study.settings()
     about["targets"] = about.pop("data")
-    about |= {k: getattr(settings, k) for k in ("protocols", "seeds", "depths", "finetune_head")}
+    about |= {k: getattr(settings, k) for k in ("protocols", "seeds", "depths", "finetune_head", "source", "neutral")}
     about["budget"] = {"steps": settings.finetune_steps, "batch_size": settings.finetune_batch_size}
     return {**about, "seconds_of_this_call": round(seconds, 1)}
 
