@@ -82,8 +82,16 @@ def test_learned_weights_cannot_replace_the_frame() -> None:
         net.load_state_dict(plain.state_dict())
     assert torch.equal(net.fc.weight, frame)
     biased = {**net.state_dict(), "fc.bias": torch.ones(10)}
-    with pytest.raises(RuntimeError, match="no simplex frame"):
+    with pytest.raises(RuntimeError, match=r"fc\.bias is not zero.*fix_classifier\(model\)"):
         net.load_state_dict(biased)
+
+
+def test_a_bias_that_something_wrote_is_freed_with_the_weight() -> None:
+    net = fix_classifier(model()).eval()
+    nn.init.constant_(net.fc.bias, -2)  # as train.py --head-init-bias does
+    x = torch.randn(2, 3, 64, 64)
+    expected = net(x)
+    assert torch.equal(free_classifier(net)(x), expected)
 
 
 def test_another_rotation_loads_and_is_no_longer_called_this_seed() -> None:
@@ -125,7 +133,11 @@ def test_scripts(name: str, options: dict[str, object]) -> None:
     net = fix_classifier(timm.create_model(name, num_classes=10, scriptable=True), **options).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(torch.jit.script(net)(x), net(x))
+        scripted = torch.jit.script(net)
+        torch.testing.assert_close(scripted(x), net(x))
+        assert scripted.state_dict().keys() == net.state_dict().keys()  # what train.py --torchscript saves
+        assert scripted.double()(x.double()).dtype == torch.float64
+        net.float()  # whose tensors it shares
         saved = io.BytesIO()
         torch.save(net, saved)  # a pickle of the whole module: for a user's own use, nothing here writes one
         saved.seek(0)
@@ -405,8 +417,38 @@ def test_a_meta_model_costs_nothing_and_takes_weights() -> None:
     assert net.fc.weight.is_meta
     with torch.device("meta"):
         small = fix_classifier(timm.create_model("test_resnet", num_classes=10))
+    with pytest.raises(RuntimeError, match=r"fc\.weight is no simplex frame"):
+        small.load_state_dict(model().state_dict(), assign=True)
     small.load_state_dict(fix_classifier(model()).state_dict(), assign=True)
     assert frames.is_simplex(small.fc.weight)
+    assert small.fc.seed == 0
+
+
+@pytest.mark.parametrize("num_classes", [10, 150, 200])
+def test_a_meta_model_takes_frames_alone(num_classes: int) -> None:
+    def made(seed: int = 3, frame: str = "auto", **options: object) -> nn.Module:
+        return fix_classifier(timm.create_model("test_resnet", num_classes=num_classes), frame, seed, **options)
+
+    with torch.device("meta"):
+        same, turned, fitted = made(), made(4), made()
+    fitted.fc.seed = None  # there is nothing that it could be drawn from
+    cosines = made(frame="learned", feature_norm=True)
+    with torch.no_grad():
+        cosines.fc.weight.copy_(nn.functional.normalize(cosines.fc.weight, dim=1))
+    for learned in (timm.create_model("test_resnet", num_classes=num_classes), cosines):
+        with pytest.raises(RuntimeError, match=rf"fc\.weight is no {same.fc.frame} frame"):
+            same.load_state_dict(learned.state_dict(), assign=True)
+    for taken in (same, turned, fitted):
+        taken.load_state_dict(made().state_dict(), assign=True)
+        assert torch.equal(taken.fc.weight, made().fc.weight)
+    assert [net.fc.seed for net in (same, turned, fitted)] == [3, None, None]
+
+
+def test_parameters_that_are_assigned_do_not_train() -> None:
+    net = fix_classifier(model())
+    net.load_state_dict(free_classifier(fix_classifier(model())).state_dict(keep_vars=True), assign=True)
+    assert not list(net.fc.parameters())
+    assert {name for name, _ in net.fc.named_buffers()} == {"weight", "bias"}
 
 
 @pytest.mark.parametrize(("name", "num_classes"), [("test_resnet", 10), ("test_resnet", 150), ("dla46_c", 10)])

@@ -18,6 +18,7 @@ import tyro
 
 import timm_etf
 from tests import commands
+from tests.clients import works_with
 from tests.hub.conftest import Client
 from tests.hub.conftest import client as client
 from tests.hub.conftest import server as server
@@ -228,6 +229,18 @@ def test_published(name: str) -> None:
         assert cells[1] == top1
         megabytes = Path(published.__file__).with_name(name).joinpath("model.safetensors").stat().st_size / 1e6
         assert cells[2].startswith(f"{megabytes:.1f} MB float16")
+
+
+def test_works_with_names_the_tests_that_are_there() -> None:
+    page, tests = text(works_with.PAGE), list(works_with.there())
+    assert works_with.said(page) == tests
+    assert all(tested for _, tested in tests)
+    results = dict.fromkeys(tests, True)
+    again = works_with.written(page, dict.fromkeys(dict(tests), "1.2.3"), results | {tests[0]: False})
+    assert works_with.said(again) == tests
+    assert again.count("**fails**") == 1
+    assert works_with.missing(results) == []
+    assert works_with.missing([test for test in tests if test[0] != "peft"]) == ["peft"]
 
 
 # Links, commands and code

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timm_etf import frames
 from timm_etf.errors import UsageError
 from timm_etf.frames.nearest import least_squares_scale, looks_random, mean_cosine
-from timm_etf.heads import FixedClassifier, Head, LearnedClassifier, Projector, plain_layer, projected_width
+from timm_etf.heads import FixedClassifier, Head, LearnedClassifier, Projector, mismatch, plain_layer, projected_width
 
 __all__ = [
     "classifier_names",
@@ -153,10 +153,10 @@ def restore(
     new: dict[str, FixedClassifier | LearnedClassifier] = {}
     for name, head in _plain_heads(model):
         weight, bias = head.weight, head.bias
-        if (bias is not None and bias.any()) or not frames.matches(weight.flatten(1), etf["frame"], etf["coherence"]):
+        if wrong := mismatch(weight, bias, etf["frame"], etf["coherence"]):
             raise UsageError(
-                f"The etf block promises a fixed {etf['frame']} classifier, but the weights of {name!r} are not one. "
-                "Download or export the model again, or use timm.create_model to load it as it is."
+                f"The etf block promises a fixed {etf['frame']} classifier, but {name}.{wrong}. Download or export the "
+                "model again, or use timm.create_model to load it as it is."
             )
         if logit_scale is not None:
             weight = weight * (logit_scale / weight[0].double().norm().item())

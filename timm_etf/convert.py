@@ -326,12 +326,10 @@ def _agreement(said: Tensor, logits: Tensor) -> dict[str, Any]:
 
 def _export(start: Start, folder: Path, results: dict[str, Any], data_config: dict[str, Any] | None) -> None:
     model: Any = start.model
-    names = model.pretrained_cfg.get("label_names")
     hub.export(
         model,
         folder,
         data_config=data_config or timm.data.resolve_data_config(model=model),
-        label_names=names,
         results=results,
         overwrite=True,
     )

@@ -1,7 +1,7 @@
 """The classifier modules: `FixedClassifier`, whose weight is a frame, and its trained control `LearnedClassifier`."""
 
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch.nn.utils import skip_init
 from timm_etf import frames
 from timm_etf.errors import UsageError
 
-__all__ = ["FixedClassifier", "LearnedClassifier", "Projector", "plain_layer", "projected_width"]
+__all__ = ["FixedClassifier", "LearnedClassifier", "Projector", "mismatch", "plain_layer", "projected_width"]
 
 Projector = Literal["linear", "mlp"]
 
@@ -29,7 +29,8 @@ class Head(nn.Module):
     is_conv: Final[bool]
     feature_norm: Final[bool]
     weight: Tensor
-    bias: Tensor | None
+    if TYPE_CHECKING:  # TorchScript would keep what is annotated as optional out of its state dict
+        bias: Tensor | None
     __jit_unused_properties__ = ("scale",)
 
     def __init__(self, weight: Tensor, in_features: int, feature_norm: bool, projector: Projector | None) -> None:
@@ -69,10 +70,11 @@ class FixedClassifier(Head):
     optimise, decay or synchronise, and without projector, normalisation and learned scale a state dict of it loads in
     plain timm and gives the same logits.
 
-    A state dict whose weight is not a frame of this kind is refused on load: a learned classifier would otherwise
-    silently replace the frame.
+    A state dict whose weight is not a frame of this kind, or whose bias is not zero, is refused on load: a learned
+    classifier would otherwise silently replace the frame.
 
-    On the meta device there is no frame yet: `to_empty` (by way of `reset_parameters`) draws it from its seed.
+    On the meta device there is no frame yet: `to_empty` (by way of `reset_parameters`) draws it from its seed, and so
+    does `load_state_dict`, to compare.
 
     Args:
         weight: Frame times logit scale, of shape [K, d], or [K, d, 1, 1] for a convolutional classifier.
@@ -155,12 +157,14 @@ class FixedClassifier(Head):
                 f"This {self.frame} frame has no seed to be drawn from again: load its weights into the meta model "
                 "with load_state_dict(..., assign=True) instead of to_empty, or fix the classifier on the real device."
             )
-        frame_KD = frames.make(self.frame, *self.weight.shape[:2], seed=self.seed)
-        self.weight.copy_((frame_KD * self._made_scale).reshape(self.weight.shape))
+        self.weight.copy_((self._draw(self.seed) * self._made_scale).reshape(self.weight.shape))
         if self.bias is not None:
             self.bias.zero_()
         if self.logit_scale is not None:
             self.logit_scale.fill_(1)
+
+    def _draw(self, seed: int) -> Tensor:
+        return frames.make(self.frame, *self.weight.shape[:2], seed=seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedClassifier":
         """Move or convert the tensors, as every module does; a frame that leaves the meta device is drawn."""
@@ -186,20 +190,21 @@ class FixedClassifier(Head):
         error_msgs: list[str],
     ) -> None:
         weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
-        if weight is not None and weight.shape == self.weight.shape and not (weight.is_meta or self.weight.is_meta):
-            if not self.adopt(weight, bias):
+        if weight is not None and weight.shape == self.weight.shape and not weight.is_meta:
+            if wrong := self.adopt(weight, bias):
                 error_msgs.append(
-                    f"{prefix}weight is no {self.frame} frame, so it cannot be this model's fixed classifier. For the "
-                    "backbone of an ordinary checkpoint: load it into the plain architecture, then call "
-                    "timm_etf.fix_classifier(model)."
+                    f"{prefix}{wrong}, so it cannot be this model's fixed classifier. For the backbone of an ordinary "
+                    "checkpoint: load it into the plain architecture, then call timm_etf.fix_classifier(model)."
                 )
                 return
+        # With assign=True a parameter would take the buffer's place.
+        stored = {prefix + name: t.detach() for name, t in (("weight", weight), ("bias", bias)) if t is not None}
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            {**state_dict, **stored}, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     @torch.no_grad()
-    def adopt(self, weight: Tensor, bias: Tensor | None = None) -> bool:
+    def adopt(self, weight: Tensor, bias: Tensor | None = None) -> str | None:
         """Take a stored weight for this classifier's if it is one: its kind of frame, at any rotation and scale.
 
         Args:
@@ -207,17 +212,22 @@ class FixedClassifier(Head):
             bias: Zero, or None; otherwise the weight is not taken.
 
         Returns:
-            Whether the weight is now this one.
+            What is wrong with it, as `mismatch` says it; None if the weight is now this one.
         """
-        if weight.shape != self.weight.shape or (bias is not None and bias.any()):
-            return False
-        if not frames.matches(weight.flatten(1), self.frame, frames.coherence(self.weight[:1000].flatten(1))):
-            return False
-        stored, own = (F.normalize(w.float(), dim=1) for w in (weight, self.weight.to(weight.device)))
-        if not torch.allclose(stored, own, rtol=1e-2, atol=1e-3):
-            self.seed = self.origin = None  # another rotation than this seed's, or than the one that was fitted
+        if weight.shape != self.weight.shape:
+            return f"weight has shape {list(weight.shape)} and not {list(self.weight.shape)}"
+        own = self.weight.flatten(1)
+        if own.is_meta and self.seed is not None:
+            own = self._draw(self.seed)
+        cosine = 1.0 if own.is_meta else frames.coherence(own[:1000])  # a fitted frame is not known without its weight
+        if wrong := mismatch(weight, bias, self.frame, cosine):
+            return wrong
+        if not own.is_meta:
+            stored, own = (F.normalize(w.float(), dim=1) for w in (weight.flatten(1), own.to(weight.device)))
+            if not torch.allclose(stored, own, rtol=1e-2, atol=1e-3):
+                self.seed = self.origin = None  # another rotation than this seed's, or than the one that was fitted
         self.weight.copy_(weight)
-        return True
+        return None
 
 
 class LearnedClassifier(Head):
@@ -291,6 +301,23 @@ def projected_width(projector: Projector | None, dim: int, num_classes: int) -> 
     return dim if projector is None else max(dim, min(num_classes - 1, _PROJECTED))
 
 
+def mismatch(weight: Tensor, bias: Tensor | None, frame: str, cosine: float) -> str | None:
+    """What keeps tensors from being those of a fixed classifier, to be read after its name and a dot.
+
+    Args:
+        weight: Of shape [K, d] or [K, d, 1, 1], at any rotation and scale.
+        bias: Of shape [K], or None.
+        frame: Name of the frame that the weight should be.
+        cosine: That frame's coherence.
+
+    Returns:
+        `"weight is no FRAME frame"` or `"bias is not zero"`; None if they are a fixed classifier's.
+    """
+    if not frames.matches(weight.flatten(1), frame, cosine):
+        return f"weight is no {frame} frame"
+    return "bias is not zero" if bias is not None and bias.any() else None
+
+
 def plain_layer(head: FixedClassifier) -> nn.Linear | nn.Conv2d:
     """An `nn.Linear` or 1x1 `nn.Conv2d` with a classifier's weights: the same logits, but for feature normalisation."""
     layer: Any = nn.Conv2d if head.is_conv else nn.Linear
@@ -299,6 +326,6 @@ def plain_layer(head: FixedClassifier) -> nn.Linear | nn.Conv2d:
     plain: nn.Linear | nn.Conv2d = skip_init(layer, head.in_features, head.out_features, **kwargs)
     with torch.no_grad():
         plain.weight.copy_(head.plain_weight())
-        if plain.bias is not None:
-            plain.bias.zero_()
+        if plain.bias is not None and head.bias is not None:
+            plain.bias.copy_(head.bias)  # zero, but where something else has written to it
     return plain

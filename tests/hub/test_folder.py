@@ -84,6 +84,33 @@ def test_folder_holds_one_safe_weights_file_and_nothing_of_the_bases_origin(tmp_
     assert load_file(folder / "model.safetensors").keys() == net.state_dict().keys()
 
 
+def test_a_second_export_keeps_the_class_names(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(10)]
+    first = hub.export(timm.create_model("test_resnet_etf", num_classes=10), tmp_path / "first", label_names=names)
+    for load in (timm.create_model, timm_etf.create_model):
+        again = hub.export(load(f"local-dir:{first}", pretrained=True), tmp_path / load.__module__)
+        assert json.loads((again / "config.json").read_text())["label_names"] == names
+    fewer = timm_etf.create_model(f"local-dir:{first}", pretrained=True, num_classes=7)
+    assert "label_names" not in json.loads((hub.export(fewer, tmp_path / "fewer") / "config.json").read_text())
+    none = hub.export(timm_etf.create_model(f"local-dir:{first}", pretrained=True), tmp_path / "none", label_names=[])
+    assert "label_names" not in json.loads((none / "config.json").read_text())
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_what_could_not_be_restored_is_not_written(tmp_path: Path, key: str) -> None:
+    net = timm.create_model("test_resnet_etf", num_classes=10).eval()
+    getattr(net.fc, key).normal_()  # tensor by tensor, so that no load_state_dict sees it
+    wrong = "weight is no simplex frame" if key == "weight" else "bias is not zero"
+    with pytest.raises(UsageError, match=rf"^fc\.{wrong}, .*free_classifier\(model\)\.$"):
+        hub.export(net, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(images)
+        folder = hub.export(timm_etf.free_classifier(net), tmp_path / "model")
+        assert torch.equal(timm_etf.create_model(f"local-dir:{folder}", pretrained=True).eval()(images), expected)
+
+
 def test_plugin_arguments_stay_out_of_what_plain_timm_reads(tmp_path: Path) -> None:
     net = timm.create_model("test_resnet_etf", num_classes=10, frame="simplex", frame_seed=3)
     config = json.loads((hub.export(net, tmp_path / "model") / "config.json").read_text())
@@ -279,7 +306,7 @@ def test_configs_that_cannot_be_read(tmp_path: Path, damage: object, says: str) 
         (lambda t: t["layer1.0.conv1.weight"].view(-1)[0:1].fill_(torch.inf), "its training diverged"),
         (lambda t: t["bn1.running_var"][0:1].fill_(torch.nan), r"are not finite .see 'bn1.running_var'"),
         (lambda t: t["fc.weight"].fill_(torch.nan), r"are not finite .see 'fc.weight'"),
-        (lambda t: t["fc.bias"].fill_(1), "promises a fixed simplex classifier, but the weights of 'fc' are not one"),
+        (lambda t: t["fc.bias"].fill_(1), r"promises a fixed simplex classifier, but fc\.bias is not zero"),
     ],
 )
 def test_weights_that_cannot_be_used(tmp_path: Path, damage: object, says: str) -> None:
@@ -313,7 +340,7 @@ def test_a_learned_weight_under_the_block_is_not_called_a_frame(tmp_path: Path) 
     config = json.loads((folder / "config.json").read_text())
     config["etf"]["weights_sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="promises a fixed simplex classifier, but the weights of 'fc' are not one"):
+    with pytest.raises(UsageError, match=r"promises a fixed simplex classifier, but fc\.weight is no simplex frame"):
         timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
 
 

@@ -17,6 +17,7 @@ from timm_etf.atomic import atomic_folder, file_sha256, require_new_folder, writ
 from timm_etf.classifier import classifier_names, fixed_classifiers, replaced_classifiers
 from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError, one_line
+from timm_etf.heads import mismatch
 from timm_etf.hub.card import write_card
 from timm_etf.hub.load import FORMAT
 from timm_etf.report.results import write as write_results
@@ -52,7 +53,8 @@ def export(
         folder: Folder to write, new or empty. It appears whole or not at all.
         tag: Name of these weights, after the architecture's dot (`resnet50.TAG`).
         data_config: Preprocessing that the weights were trained for, as `timm.data.resolve_data_config` gives it.
-        label_names: Class names in the order of the logits.
+        label_names: Class names in the order of the logits; by default those that the model was loaded with, if it
+            has still as many classes. An empty list leaves them out.
         recipe: Training settings, recorded in config.json; JSON values.
         results: Measured numbers, written to results.json; the card is made from that file.
         half: Whether convolutions and linear layers are stored as float16, which halves the file; they are loaded as
@@ -63,7 +65,8 @@ def export(
         The folder.
 
     Raises:
-        UsageError: If the folder is not empty, or the model was not made by `timm.create_model`.
+        UsageError: If the folder is not empty, the model was not made by `timm.create_model`, or what should be its
+            fixed classifier is a learned one. Nothing is written then.
     """
     folder = Path(folder)
     if not overwrite:
@@ -74,6 +77,16 @@ def export(
             f"{type(model).__name__} is not a model made by timm.create_model (or is a features_only one), so its "
             "configuration cannot be written."
         )
+    for name, fixed in fixed_classifiers(model):
+        # Where a client sets tensors one by one, no `load_state_dict` has seen them.
+        if wrong := mismatch(fixed.weight, fixed.bias, fixed.frame, cosine=1.0):
+            raise UsageError(
+                f"{name}.{wrong}, so nothing could restore this fixed classifier. To export it as it is, an ordinary "
+                "one: timm_etf.free_classifier(model)."
+            )
+    if label_names is None:
+        known = cfg.get("label_names") or []
+        label_names = list(known) if len(known) == model.num_classes else None
     trained = model
     if any(head.projector is not None for _, head in replaced_classifiers(model)):
         model = copy.deepcopy(model)

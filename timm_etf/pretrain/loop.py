@@ -207,7 +207,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
             exported,
             config.out / "export",
             data_config=run.data_config,
-            label_names=run.class_names,
+            label_names=run.class_names or [],  # never those of the weights it started from
             recipe=run.settings,
             results=results,
             overwrite=True,
