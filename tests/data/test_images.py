@@ -38,7 +38,7 @@ def test_names_suites_folders_and_ids(images: Path, tmp_path: Path) -> None:
     ("specs", "message"),
     [
         (["cifar11"], "No target 'cifar11': neither a folder, nor owner/name on the Hub, nor one of offline"),
-        (["cifar10,labels=x"], "a target has no 'labels'; it has config, hflip, image"),
+        (["cifar10,labels=x"], "a target has no 'labels'; it has config, group, hflip, image"),
         (["cifar10,metric=f1"], "the metric is one of top1, mean_per_class"),
         (["cifar10", "a/cifar10"], "Two targets are called 'cifar10'"),
         (["/nowhere/at/all"], "No target '/nowhere/at/all'"),
@@ -91,10 +91,23 @@ def test_labels_that_do_not_fit(tmp_path: Path, train: list[int], test: list[int
         open_splits(Target("t", str(folder), image="picture", label="kind"))
 
 
-def test_columns_and_splits_that_are_not_there(tmp_path: Path) -> None:
+def test_renamed_columns_are_found_by_their_kind(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "p", {"train": [0, 1], "test": [0, 1]}, datasets.ClassLabel(names=["a", "b"]))
-    with pytest.raises(UsageError, match=r"no column 'image': give it as p,image=COLUMN \(picture, kind\)"):
+    named, found = (
+        open_splits(Target("p", str(folder), image="picture", label="kind")),
+        open_splits(Target("p", str(folder))),
+    )
+    assert found.train.labels.tolist() == named.train.labels.tolist()
+    assert found.train.class_names == ("a", "b")
+    assert found.test.fingerprint == named.test.fingerprint
+    assert found.train.read(1, "L").tobytes() == named.train.read(1, "L").tobytes()
+
+
+def test_columns_and_splits_that_are_not_there(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "words", {"train": ["x", "y"], "test": ["x", "y"]}, datasets.Value("string"))
+    with pytest.raises(UsageError, match=r"no column 'label': give it as p,label=COLUMN \(picture, kind\)"):
         open_splits(Target("p", str(folder)))
+    folder = parquet(tmp_path / "p", {"train": [0, 1], "test": [0, 1]}, datasets.ClassLabel(names=["a", "b"]))
     with pytest.raises(UsageError, match=r"Cannot open p \(dev\)"):
         open_splits(Target("p", str(folder), image="picture", label="kind", test="dev"))
     with pytest.raises(UsageError, match=r"Cannot open cifar10 \(train\) of uoft-cs/cifar10"):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from timm_etf import specs
+from timm_etf.data import torchvision_sets
 from timm_etf.data.catalogue import HUB, METRICS, SUITES, Target
 from timm_etf.errors import UsageError, first_line
 
@@ -27,7 +28,7 @@ class Images:
         labels: Class numbers, int64 of shape [n].
         class_names: Class names by number.
         fingerprint: Changes when the images or labels may have changed.
-        source: Paths of image files, or a `datasets.Dataset` of encoded images.
+        source: Paths of image files, a `datasets.Dataset` of encoded images, or a `torchvision_sets.Source`.
         column: Column of the images in a data set.
     """
 
@@ -43,6 +44,8 @@ class Images:
 
     def read(self, index: int, mode: str) -> Image.Image:
         """Decode an image, as "RGB" or "L"; raises whatever its decoder raises."""
+        if isinstance(self.source, torchvision_sets.Source):
+            return self.source[index].convert(mode)
         if not self.column:
             with Image.open(self.source[index]) as image:
                 return image.convert(mode)
@@ -52,7 +55,8 @@ class Images:
 
     def where(self, index: int) -> str:
         """How a message names an image."""
-        return f"row {index} of {self.name}" if self.column else str(self.source[index])
+        is_row = self.column or isinstance(self.source, torchvision_sets.Source)
+        return f"row {index} of {self.name}" if is_row else str(self.source[index])
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ def find_targets(texts: Sequence[str], data_root: Path) -> tuple[list[Target], d
     """Targets of a command line, without opening them.
 
     Args:
-        texts: Each a name of the catalogue, a suite, an image folder, a folder of parquet files or a Hub data set id,
-            with any field of `Target` behind it: `DATA,test=validation,metric=mean_per_class`.
+        texts: Each a name of the catalogue, a suite, an image folder, a folder of parquet files, a Hub data set id or
+            `torchvision:NAME`, whose files are in `data_root`; with any field of `Target` behind it:
+            `DATA,test=validation,metric=mean_per_class`.
         data_root: Folder that `timm-etf data build` filled.
 
     Returns:
@@ -117,6 +122,8 @@ def _changes(spec: str, arguments: dict[str, str]) -> dict[str, Any]:
 
 
 def _find(name: str, data_root: Path) -> Target | None:
+    if name.startswith(torchvision_sets.PREFIX):
+        return torchvision_sets.find(name.removeprefix(torchvision_sets.PREFIX), data_root)
     if name in HUB:
         return HUB[name]
     if name in SUITES["offline"] + SUITES["embedded"]:
@@ -138,7 +145,8 @@ def open_splits(target: Target) -> Splits:
     """
     is_folder = (Path(target.location) / target.train).is_dir()
     target = _with_a_test_split(target) if is_folder else target
-    opener = _open_folder if is_folder else _open_arrow
+    is_torchvision = target.location.startswith(torchvision_sets.PREFIX)
+    opener = _open_torchvision if is_torchvision else _open_folder if is_folder else _open_arrow
     train = opener(target, target.train)
     validation = opener(target, target.validation) if target.validation else None
     test = opener(target, target.test)
@@ -216,6 +224,11 @@ def refuse_linked_folders(paths: Sequence[str]) -> None:
             raise UsageError(f"{folder} and {first} are one folder, whose images would count twice: remove the link.")
 
 
+def _open_torchvision(target: Target, split: str) -> Images:
+    labels, names, fingerprint, source = torchvision_sets.open_split(target, split)
+    return Images(f"{target.name} ({split})", labels, tuple(names), fingerprint, source)
+
+
 def _open_arrow(target: Target, split: str) -> Images:
     import datasets
 
@@ -224,11 +237,16 @@ def _open_arrow(target: Target, split: str) -> Images:
         data: Any = datasets.load_dataset(target.location, target.config or None, split=split)
     except Exception as e:  # a builder may raise anything: no such repository, split or network, damaged files
         raise UsageError(f"Cannot open {name} of {target.location}: {first_line(e)}") from e
-    for field in ("image", "label"):
+    for field, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
         column = getattr(target, field)
-        if column not in data.column_names:
+        if column in data.column_names:
+            continue
+        # A repository may have renamed its column since: the only one of its kind is it.
+        of_kind = [name for name, feature in data.features.items() if isinstance(feature, kind)]
+        if len(of_kind) != 1:
             fix = f"{target.name},{field}=COLUMN"
             raise UsageError(f"{name} has no column {column!r}: give it as {fix} ({', '.join(data.column_names)}).")
+        target = replace(target, **{field: of_kind[0]})
     values = data[target.label][:]
     feature = data.features[target.label]
     if isinstance(feature, datasets.ClassLabel):
