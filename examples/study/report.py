@@ -76,6 +76,17 @@ class Findings:
                 lines.append(f"| {name} | {' | '.join(shown(each) if each else '-' for each in paired)} |")
         return lines
 
+    def geometry(self) -> list[str]:
+        """Rows of how collapsed the source's validation features are, before any projector."""
+        metrics = ("nc1", "cdnv", "nc2_simplex", "within", "effective_rank_between", "effective_rank_within")
+        lines = [f"| arm | {' | '.join(metrics)} |", f"|{'---|' * (1 + len(metrics))}"]
+        for name, arm in self.arms.items():
+            sources = [run["source"] for run in arm["runs"].values()]
+            if sources:
+                cells = [f"{mean(source[metric] for source in sources):.3g}" for metric in metrics]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        return lines
+
 
 def shown(differences: list[float]) -> str:
     """A mean difference with its interval over seeds, where there are several."""
@@ -119,6 +130,8 @@ def main(out: Path) -> None:
         lines += [f"## {title}", "", ", ".join(findings.settings[half]), "", *findings.table(half), ""]
     lines += [f"Differences are from {findings.reference}, over the seeds that both have, with 95 % t intervals.", ""]
     lines += ["## The recipe", "", "On the targets that nothing was chosen by.", "", *findings.recipe_less("headline")]
+    lines += ["", "## Geometry", "", "Of the source's validation images, before any projector; means over trainings."]
+    lines += ["", *findings.geometry()]
     lines += [
         "",
         "## What was tuned",
