@@ -282,16 +282,13 @@ class TrainLoader:
             yield from self.loader
             return
         per_pass = self.batches_per_epoch // self.passes
-        # A stream cannot be entered in the middle: what was seen before is read again and dropped.
+        workers = max(1, self.config.workers)
         for number in range(first_batch // per_pass, self.passes):
-            self.source.start_at(epoch * self.passes + number)
+            seen = max(0, first_batch - number * per_pass)
+            self.source.start_at(epoch * self.passes + number, seen // workers * self.config.batch_size)
             self.loader.generator.manual_seed(self.source.loader_seed)
-            batches, seen = iter(self.loader), max(0, first_batch - number * per_pass)
-            again = islice(batches, seen)
-            told = self.rank == 0 and seen
-            for _ in tqdm(again, "reading again", seen, unit="batch", leave=False, delay=2, disable=not told):
-                pass
-            yield from islice(batches, per_pass - seen)
+            # Workers give batches in turn, from the first on: the others go first once more, and theirs are dropped.
+            yield from islice(self.loader, seen % workers, per_pass - seen // workers * workers)
 
 
 def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> Loader:
