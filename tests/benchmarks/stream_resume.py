@@ -67,11 +67,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write(root, sorted((draw(root / "drawn", 1, 300, 256) / "train").rglob("*.jpg")))
+        ways = ((0, 0), (LATE, LATE), (LATE, 0))
         for kind in ("wds", "hfids"):
             for workers in (0, 2):
-                cells = [
-                    f"{seconds_to(root / kind, kind, workers, *at):.1f}" for at in ((0, 0), (LATE, LATE), (LATE, 0))
-                ]
+                cells = [f"{seconds_to(root / kind, kind, workers, *way):.1f}" for way in ways]
                 print(f"| {kind}, {workers} | {' | '.join(cells)} |", flush=True)
 
 
