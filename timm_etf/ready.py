@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -14,6 +14,9 @@ from timm_etf.classifier import classifier_names, fix_classifier, fixed_classifi
 from timm_etf.errors import UsageError, first_line
 from timm_etf.frames import codes
 from timm_etf.hub.load import create_model
+from timm_etf.processes import processes
+
+T = TypeVar("T")
 
 
 class Start:
@@ -131,22 +134,35 @@ def create_on_all(create: Callable[[], nn.Module], accelerator: Accelerator) -> 
     """
     if accelerator.num_processes == 1:
         return create()
-    model, problem = None, ""
-    found: dict[Any, bytes | None] = {}
-    if accelerator.is_main_process:
+    model: nn.Module | None = None
+
+    def codes_of_model() -> dict[Any, bytes | None]:
+        nonlocal model
+        model = create()
+        heads = [head for _, head in fixed_classifiers(model) if head.frame == "spherical_code"]
+        return {shape: codes.cached_file(*shape) for shape in {tuple(head.weight.shape[:2]) for head in heads}}
+
+    for (num_classes, dim), content in from_first(codes_of_model).items():
+        if model is None and content is not None:
+            codes.cache_file(num_classes, dim, content)
+    return create() if model is None else model
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the main process makes, of which the others are given copies.
+
+    Raises:
+        UsageError: On every process, if the main one cannot make it.
+    """
+    if processes().num_processes == 1:
+        return make()
+    made: list[Any] = ["", None]
+    if processes().is_main_process:
         try:
-            model = create()
+            made[1] = make()
         except UsageError as e:
-            problem = str(e)
-        else:
-            heads = [head for _, head in fixed_classifiers(model) if head.frame == "spherical_code"]
-            found = {shape: codes.cached_file(*shape) for shape in {tuple(head.weight.shape[:2]) for head in heads}}
-    problem, found = broadcast_object_list([problem, found])
+            made[0] = str(e)
+    problem, found = broadcast_object_list(made)
     if problem:
         raise UsageError(problem)
-    if model is None:
-        for (num_classes, dim), content in found.items():
-            if content is not None:
-                codes.cache_file(num_classes, dim, content)
-        model = create()
-    return model
+    return found

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,39 @@ cli.main()
     ours, theirs = (list((tmp_path / f"cache{rank}").rglob("*.safetensors")) for rank in range(2))
     assert [file.name for file in ours] == [file.name for file in theirs]
     assert ours[0].read_bytes() == theirs[0].read_bytes()
+
+
+def test_the_main_process_lists_the_folder_for_all(images: Path, two: Path, tmp_path: Path) -> None:
+    code = """
+import os, timm
+from timm_etf import cli
+
+if os.environ["RANK"] == "1":
+    timm.data.create_dataset = None
+cli.main()
+"""
+    commands.run_ranks(2, *arguments(images, tmp_path / "run", *SHORT), code=code)
+    assert_same(tmp_path / "run", two)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([("--train-split", "other"), ()], r"error: .* has no folder 'other' \(it holds .*\): put images into other"),
+        ([(), ("--data-dir", "nowhere")], r"error: No data at nowhere on .*: every machine needs it there\."),
+    ],
+)
+def test_what_one_process_cannot_open_stops_all(
+    images: Path, tmp_path: Path, more: list[tuple[str, ...]], says: str
+) -> None:
+    ranks = commands.start_ranks(2, *arguments(images, tmp_path / "run"), more=more)
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [2, 2]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert re.match(says, ranks[0].stderr.splitlines()[-1])
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_compare_the_samples_of_both(images: Path, tmp_path: Path) -> None:

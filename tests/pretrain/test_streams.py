@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torchvision.transforms.functional import pil_to_tensor
 
 from tests import commands
@@ -218,6 +219,33 @@ def test_passes_of_a_stream(tmp_path: Path, kind: str) -> None:
     assert passes[0] != passes[1]
     assert passes[1] != passes[2]
     assert _labels(_train_loader(settings), 1, 6) == seen[6 * 8 :]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["wds", "hfids"])
+def test_a_stream_is_entered_without_decoding_what_was_seen(
+    tmp_path: Path, kind: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A worker repeats the first shard to give as many batches as the other: batch 6 is among its second ones.
+    settings = _config(tmp_path / "data", kind, [17, 47], workers=workers)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # see above
+
+    def images(first_batch: int) -> list[torch.Tensor]:
+        loader = _train_loader(settings)
+        loader.source.dataset.transform = lambda x: pil_to_tensor(x).int() + torch.randint(9, ())  # type: ignore[union-attr]
+        try:
+            return [pixels for pixels, _ in loader.epoch(1, first_batch)]
+        finally:
+            loader.loader.close()
+
+    straight, decoded = images(0), []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: (decoded.append(image), load(image))[1])  # type: ignore[func-returns-value]
+    for first_batch in (1, 5, 6):
+        decoded.clear()
+        assert torch.equal(torch.stack(images(first_batch)), torch.stack(straight[first_batch:]))
+        if workers == 0:  # in workers, the count is theirs
+            assert len({id(image) for image in decoded}) <= 64 - 8 * first_batch + 1
 
 
 def test_a_stream_that_ends_early_is_refused(tmp_path: Path) -> None:

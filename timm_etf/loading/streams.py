@@ -1,12 +1,15 @@
 """Data that can only be read from its start on: its order, and its division among processes and loader workers."""
 
 import dataclasses
+import io
 import itertools
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from timm_etf.data.seeded import random_states
@@ -23,11 +26,14 @@ class SeededStream(IterableDataset[Any]):
     """
 
     def __init__(self, dataset: Any, seed: int, rank: int) -> None:
-        self.dataset, self.seed, self.rank, self.epoch = dataset, seed, rank, 0
+        self.dataset, self.seed, self.rank, self.epoch, self.seen = dataset, seed, rank, 0, 0
 
-    def start_at(self, epoch: int) -> None:
-        """Make the next iteration that epoch's."""
-        self.epoch = epoch
+    def start_at(self, epoch: int, seen: int = 0) -> None:
+        """Make the next iteration that epoch's, without the first samples that each worker has given, `seen` of them.
+
+        What a shuffle buffer holds then may be from anywhere before, so these are read again, but not decoded.
+        """
+        self.epoch, self.seen = epoch, seen
         self.dataset.set_epoch(epoch)
         # The readers make their shuffle buffers once, and those go on from where the last epoch left them.
         self.dataset.reader.ds = None
@@ -40,13 +46,71 @@ class SeededStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
+        place = worker.id if worker else 0
         samples, end = iter(self.dataset), object()
-        for number in itertools.count():
-            with random_states(self.seed, self.rank, self.epoch, worker.id if worker else 0, number):
+        if self.seen:
+            self._read_again(samples, told=self.rank == place == 0)
+        for number in itertools.count(self.seen):
+            with random_states(self.seed, self.rank, self.epoch, place, number):
                 sample = next(samples, end)
             if sample is end:
                 return
             yield sample
+
+    def _read_again(self, samples: Iterator[Any], *, told: bool) -> None:
+        _leave_undecoded(self.dataset.reader, self.seen)
+        transform, self.dataset.transform = self.dataset.transform, None
+        next(samples, None)  # fills the shuffle buffer, which takes longer
+        started = time.monotonic()
+        for number in range(1, self.seen):
+            next(samples, None)
+            if told and (spent := time.monotonic() - started) > 2:
+                told, seconds = False, spent / number * (self.seen - number)
+                what = f"{self.seen} images that each worker gave before are read again, to find the next"
+                print(f"{what}: about {seconds:.0f} s", file=sys.stderr)
+        self.dataset.transform = transform
+
+
+def _leave_undecoded(reader: Any, count: int) -> None:
+    """Have a reader give anything in place of its first images; tfds decodes them all the same.
+
+    Args:
+        reader: timm's, in the process that reads, where it has not begun.
+        count: Number of images. A broken one counts, though wds leaves it out where it decodes it.
+    """
+    left = iter(range(count))  # over all passes of a worker that repeats its shards
+    if _is_hfids(reader):
+        reader._lazy_init()
+        reader.ds = _Undecoded(reader.ds, left)
+    elif type(reader).__name__ == "ReaderWds":
+        with io.BytesIO() as file:
+            Image.new("RGB", (1, 1)).save(file, "ppm")
+            blank = {reader.input_key.partition(";")[0]: file.getvalue()}
+
+        def blanks(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for sample in samples:
+                yield sample if next(left, None) is None else sample | blank
+
+        reader._lazy_init()
+        reader.ds.pipeline.insert(-2, blanks)  # after it come decoding and renaming
+
+
+class _Undecoded:
+    """A Hugging Face data set in its order, which repeats its first sample while any are `left`."""
+
+    def __init__(self, dataset: Any, left: Iterator[int]) -> None:
+        self.features, self.left, self.first = dataset.features, left, None
+        self.rows = dataset.decode(False).with_format("arrow")  # tables of one row, which cost next to nothing
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that epoch's."""
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self.rows:
+            if next(self.left, None) is None or self.first is None:
+                self.first = self.features.decode_example(row.to_pylist()[0])
+            yield self.first
 
 
 def num_shards(reader: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from timm_etf.loading.loader import Loader
 from timm_etf.loading.sampling import EpochSampler
 from timm_etf.loading.streams import SeededStream, divide, num_shards, share_out
 from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.processes import any_problem
+from timm_etf.ready import from_first
 
 CHECKED_IMAGES = 20_000
 """Images decoded before training starts: all of a small set, an even sample of a larger one."""
@@ -79,6 +82,21 @@ def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
         raise UsageError(f"The data has {len(train_classes)} classes, not --num-classes {num_classes}: leave it out.")
     names = sorted(train_classes, key=train_classes.__getitem__) if train_classes else None
     return Task(train, val, num_classes, [str(n) for n in names] if names else None)
+
+
+def open_on_all(config: PretrainConfig, answers: int | None = None) -> Task:
+    """`open_task` on every process. The main one alone lists a folder, which takes a network disk minutes.
+
+    Raises:
+        UsageError: As `open_task`, on every process; or if one does not see the folder.
+    """
+    if config.dataset != "folder":
+        return open_task(config, answers)
+    task = from_first(lambda: open_task(config, answers))
+    missing = "" if os.path.exists(str(config.data_dir)) else f"No data at {config.data_dir} on {platform.node()}"
+    if problem := any_problem(missing):
+        raise UsageError(f"{problem}: every machine needs it there.")
+    return task
 
 
 def _open_unlabelled(config: PretrainConfig, num_classes: int) -> Task:
@@ -282,16 +300,13 @@ class TrainLoader:
             yield from self.loader
             return
         per_pass = self.batches_per_epoch // self.passes
-        # A stream cannot be entered in the middle: what was seen before is read again and dropped.
+        workers = max(1, self.config.workers)
         for number in range(first_batch // per_pass, self.passes):
-            self.source.start_at(epoch * self.passes + number)
+            seen = max(0, first_batch - number * per_pass)
+            self.source.start_at(epoch * self.passes + number, seen // workers * self.config.batch_size)
             self.loader.generator.manual_seed(self.source.loader_seed)
-            batches, seen = iter(self.loader), max(0, first_batch - number * per_pass)
-            again = islice(batches, seen)
-            told = self.rank == 0 and seen
-            for _ in tqdm(again, "reading again", seen, unit="batch", leave=False, delay=2, disable=not told):
-                pass
-            yield from islice(batches, per_pass - seen)
+            # Workers give batches in turn, from the first on: the others go first once more, and theirs are dropped.
+            yield from islice(self.loader, seen % workers, per_pass - seen // workers * workers)
 
 
 def val_loader(dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> Loader:

@@ -113,7 +113,7 @@ class Run:
 def setup(config: PretrainConfig) -> Run:
     """Open the data, build and try out the model and what trains it, and continue from a checkpoint.
 
-    Every process does so, and finds what is wrong by itself.
+    Every process does so, and finds what is wrong by itself, but in what the main one does for all.
 
     Args:
         config: The run's settings.
@@ -130,7 +130,7 @@ def setup(config: PretrainConfig) -> Run:
     accelerator = _accelerator(config)
     start = _start(config)
     taught = teacher(config.distill, in_chans=config.in_chans, **img_size_argument(config)) if config.distill else None
-    task = data.open_task(config, getattr(taught, "num_classes", None))
+    task = data.open_on_all(config, getattr(taught, "num_classes", None))
     settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes, task.held_out)
     if config.resume:
         checkpoint.check_resume(config.out, settings)
