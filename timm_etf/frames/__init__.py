@@ -9,7 +9,8 @@
 `gaussian`, `orthonormal`, `hadamard`, `cube` and `uniform_qr` are controls: what else has been tried as a fixed
 classifier. Every frame is drawn in float64 from a generator of its own, so that the same arguments give the same
 vectors in every process (to rounding, if the number of threads differs), and torch's global random state is never
-touched. `nearest` is the frame closest to a classifier that is there.
+touched. `nearest` is the frame closest to a classifier that is there. In those of `hierarchy` and
+`from_similarity` cosines follow who is near whom; `ClassTree` reads that from folders and files.
 
 Shape suffixes: `w_KD` is a frame with K vectors of d dimensions, `u_DM` has M orthonormal columns.
 """
@@ -23,15 +24,20 @@ from timm_etf.frames.bounds import bound, coherence, levenshtein_bound, rankin_b
 from timm_etf.frames.codes import spherical_code
 from timm_etf.frames.controls import cube, gaussian, hadamard, orthonormal, uniform_qr
 from timm_etf.frames.exact import is_simplex, nearest_simplex, orthoplex, simplex
+from timm_etf.frames.hierarchy import from_similarity, hierarchy
 from timm_etf.frames.nearest import nearest
+from timm_etf.frames.trees import ClassTree
 
 __all__ = [
     "FRAMES",
+    "ClassTree",
     "bound",
     "coherence",
     "cube",
+    "from_similarity",
     "gaussian",
     "hadamard",
+    "hierarchy",
     "is_simplex",
     "levenshtein_bound",
     "make",
