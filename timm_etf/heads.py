@@ -88,6 +88,7 @@ class FixedClassifier(Head):
         in_features: Width of the features; needed with a projector alone, whose output has the weight's width.
         origin: Of a frame fitted to a classifier that was there: `from`, `mean_cosine` with its rows, and their
             `rows_sha256`; for the record.
+        tree: Of a frame that follows one.
 
     Shape:
         - Input: [*, d] for a matrix weight ([B, d] with an MLP projector), [B, d, H, W] for a convolutional one.
@@ -112,10 +113,11 @@ class FixedClassifier(Head):
         projector: Projector | None = None,
         in_features: int | None = None,
         origin: dict[str, Any] | None = None,
+        tree: frames.ClassTree | None = None,
     ) -> None:
         super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
         self.frame = frame
-        self.seed, self.origin = seed, origin
+        self.seed, self.origin, self.tree = seed, origin, tree
         if scale is None:
             scale = 1.0 if weight.is_meta else weight[0].double().norm().item()
         self._made_scale = scale
@@ -155,7 +157,9 @@ class FixedClassifier(Head):
                 f"This {self.frame} frame has no seed to be drawn from again: load its weights into the meta model "
                 "with load_state_dict(..., assign=True) instead of to_empty, or fix the classifier on the real device."
             )
-        frame_KD = frames.make(self.frame, *self.weight.shape[:2], seed=self.seed)
+        num_classes, dim = self.weight.shape[:2]
+        tree, seed = self.tree, self.seed
+        frame_KD = tree.frame(dim, seed) if tree else frames.make(self.frame, num_classes, dim, seed=seed)
         self.weight.copy_((frame_KD * self._made_scale).reshape(self.weight.shape))
         if self.bias is not None:
             self.bias.zero_()
@@ -214,6 +218,10 @@ class FixedClassifier(Head):
         if not frames.matches(weight.flatten(1), self.frame, frames.coherence(self.weight[:1000].flatten(1))):
             return False
         stored, own = (F.normalize(w.float(), dim=1) for w in (weight, self.weight.to(weight.device)))
+        if self.tree:  # of another tree the largest cosine may be the same
+            cosines, expected = (w[:1000].flatten(1) @ w[:1000].flatten(1).T for w in (stored, own))
+            if not torch.allclose(cosines, expected, rtol=0, atol=5e-3):
+                return False
         if not torch.allclose(stored, own, rtol=1e-2, atol=1e-3):
             self.seed = self.origin = None  # another rotation than this seed's, or than the one that was fitted
         self.weight.copy_(weight)

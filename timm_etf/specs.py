@@ -48,6 +48,32 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
     return first, arguments
 
 
+def arguments(option: str, items: tuple[str, ...], own: dict[str, str]) -> dict[str, Any]:
+    """The NAME=VALUE arguments of an option, as `value` reads them.
+
+    Args:
+        option: Its name, for messages.
+        items: NAME=VALUE each.
+        own: Names that have an option of their own, with what that is.
+
+    Raises:
+        UsageError: If one is not NAME=VALUE, or has an option of its own.
+
+    Example:
+        >>> arguments("--model-kwargs", ("frame=gaussian", "logit_scale=16"), {})
+        {'frame': 'gaussian', 'logit_scale': 16}
+    """
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{option} takes NAME=VALUE, got {item!r}.")
+        if name in own:
+            raise UsageError(f"{option} {name} has an option of its own: use {own[name]}.")
+        parsed[name] = value(text)
+    return parsed
+
+
 def value(text: str) -> Any:
     """A Python literal, yes or no in any spelling, or the text itself.
 

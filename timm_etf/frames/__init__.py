@@ -29,6 +29,7 @@ from timm_etf.frames.nearest import nearest
 from timm_etf.frames.trees import ClassTree
 
 __all__ = [
+    "FITTED",
     "FRAMES",
     "ClassTree",
     "bound",
@@ -58,6 +59,10 @@ FRAMES: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (simplex, orthoplex, spherical_code, gaussian, orthonormal, hadamard, cube, uniform_qr)
 }
 """Frames by name: functions `(num_classes, dim, *, seed, dtype) -> [K, d]`."""
+
+
+FITTED = ("nearest", "hierarchy", "own")
+"""Frames that follow a classifier, a `ClassTree`, or are a caller's own: no name alone makes them."""
 
 
 def resolve(name: str, num_classes: int, dim: int) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,6 +96,28 @@ class ClassTree:
     def frame(self, dim: int, seed: int = 0) -> Tensor:
         """`timm_etf.frames.hierarchy` of this tree, [K, dim], float64."""
         return hierarchy(self.distance, dim, gamma=self.gamma, seed=seed)
+
+    def __str__(self) -> str:
+        """The tree as text: a line for each group, with the number of classes in it and the names of those right below.
+
+        Example:
+            >>> print(ClassTree(("animal/dog/poodle", "animal/cat", "tool/saw", "sky")))
+            all (4): sky
+              animal (2): cat
+                dog (1): poodle
+              tool (1): saw
+        """
+        lines, groups = [], dict[str, list[str]]()
+        for path in self.paths:
+            groups.setdefault(path.rpartition("/")[0], []).append(path.rpartition("/")[2])
+        prefixes = {"/".join(group.split("/")[:n]) for group in groups for n in range(1, group.count("/") + 2)} | {""}
+        for group in sorted(prefixes, key=lambda g: g.split("/")):
+            inside = sum(path.startswith(f"{group}/") for path in self.paths) if group else len(self.paths)
+            names = ", ".join(groups.get(group, []))
+            indent = "  " * (group.count("/") + 1 if group else 0)
+            line = f"{group.rpartition('/')[2] or 'all'} ({inside})"
+            lines.append(indent + (textwrap.shorten(f"{line}: {names}", 100, placeholder=" ...") if names else line))
+        return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
         """What a configuration keeps; `ClassTree(record["paths"], record["gamma"])` is this tree."""

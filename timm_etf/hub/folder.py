@@ -121,6 +121,7 @@ def _config(
         model,
         str(folder / "config.json"),
         model_config={"pretrained_cfg": own, **({"label_names": label_names} if label_names else {})},
+        model_args=dict.fromkeys(HEAD_ARGS),  # a frame may be a tensor or a tree, which timm refuses to write
         data_config=data_config,
     )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -152,6 +153,7 @@ def _etf_block(
         "feature_norm": first.feature_norm,
         "projector": first.projector_kind,
         "origin": {name: head.origin for name, head in fixed.items() if head.origin} or None,
+        "tree": first.tree and first.tree.record(),
         "weights_sha256": sha256,
         "data": {"name": source.get("data"), "images": source.get("train_images")},
         "recipe": recipe or {},

@@ -20,6 +20,7 @@ from timm_etf.data.images import refuse_linked_folders
 from timm_etf.data.samples import PackedSamples
 from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
+from timm_etf.frames import ClassTree
 from timm_etf.loading.loader import Loader
 from timm_etf.loading.sampling import EpochSampler
 from timm_etf.loading.streams import SeededStream, divide, num_shards, share_out
@@ -104,6 +105,21 @@ def _open_unlabelled(config: PretrainConfig, num_classes: int) -> Task:
     names = "\n".join(os.path.relpath(path, config.data_dir) for path, _ in samples)
     task = _without_labels(train, val, num_classes)
     return replace(task, held_out=hashlib.sha256(f"{held_out}\n{names}".encode(errors="surrogateescape")).hexdigest())
+
+
+def class_tree(config: PretrainConfig, names: list[str] | None) -> ClassTree | None:
+    """Tree of the classes of these names, if the run has one.
+
+    Raises:
+        UsageError: If it lacks one of them, is none, or the classes have no names.
+    """
+    if config.hierarchy is None:
+        return None
+    if not names:
+        raise UsageError(
+            f"--hierarchy needs the names of the classes, and {config.dataset} does not tell: leave it out."
+        )
+    return ClassTree.read(config.hierarchy, names, config.hierarchy_gamma)
 
 
 def _without_labels(train: Any, val: Any, num_classes: int) -> Task:
