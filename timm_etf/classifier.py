@@ -172,6 +172,7 @@ def restore(
             learn_scale=learn_scale,
             origin=(etf.get("origin") or {}).get(name),
             tree=tree,
+            taken=etf.get("taken"),
         )
     return _set_classifiers(model, new)
 

@@ -89,6 +89,8 @@ class FixedClassifier(Head):
         origin: Of a frame fitted to a classifier that was there: `from`, `mean_cosine` with its rows, and their
             `rows_sha256`; for the record.
         tree: Of a frame that follows one.
+        taken: How many of the classes, the first, there are: the vectors of the others are reserved for classes to come
+            (`timm_etf.grow_classifier`). None: all.
 
     Shape:
         - Input: [*, d] for a matrix weight ([B, d] with an MLP projector), [B, d, H, W] for a convolutional one.
@@ -114,10 +116,11 @@ class FixedClassifier(Head):
         in_features: int | None = None,
         origin: dict[str, Any] | None = None,
         tree: frames.ClassTree | None = None,
+        taken: int | None = None,
     ) -> None:
         super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
         self.frame = frame
-        self.seed, self.origin, self.tree = seed, origin, tree
+        self.seed, self.origin, self.tree, self.taken = seed, origin, tree, taken
         if scale is None:
             scale = 1.0 if weight.is_meta else weight[0].double().norm().item()
         self._made_scale = scale
@@ -177,7 +180,9 @@ class FixedClassifier(Head):
     def extra_repr(self) -> str:
         """What `print(model)` shows between the brackets."""
         scale = f", scale={self.scale:.3g}"
-        return f"{super().extra_repr()}, frame={self.frame!r}, seed={self.seed}{'' if scale == ', scale=1' else scale}"
+        taken = "" if self.taken is None else f", taken={self.taken}"
+        scale = "" if scale == ", scale=1" else scale
+        return f"{super().extra_repr()}{taken}, frame={self.frame!r}, seed={self.seed}{scale}"
 
     def _load_from_state_dict(
         self,

@@ -1,6 +1,8 @@
 """`NAME,argument=value,...`: how a command line names a model or a data set with its arguments."""
 
 import ast
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from timm_etf.errors import UsageError
@@ -72,6 +74,12 @@ def arguments(option: str, items: tuple[str, ...], own: dict[str, str]) -> dict[
             raise UsageError(f"{option} {name} has an option of its own: use {own[name]}.")
         parsed[name] = value(text)
     return parsed
+
+
+def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    """A message for a name that is not known: the nearest that are, or what else helps."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"Unknown {what} {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"{otherwise}.")
 
 
 def value(text: str) -> Any:

@@ -23,6 +23,7 @@ from timm_etf.errors import UsageError
 from timm_etf.frames.bounds import bound, coherence, levenshtein_bound, rankin_bound, welch_bound
 from timm_etf.frames.codes import spherical_code
 from timm_etf.frames.controls import cube, gaussian, hadamard, orthonormal, uniform_qr
+from timm_etf.frames.enlarging import enlarged
 from timm_etf.frames.exact import is_simplex, nearest_simplex, orthoplex, simplex
 from timm_etf.frames.hierarchy import from_similarity, hierarchy
 from timm_etf.frames.nearest import nearest
@@ -35,6 +36,7 @@ __all__ = [
     "bound",
     "coherence",
     "cube",
+    "enlarged",
     "from_similarity",
     "gaussian",
     "hadamard",

@@ -17,6 +17,7 @@ from timm_etf.atomic import atomic_folder, file_sha256, require_new_folder, writ
 from timm_etf.classifier import classifier_names, fixed_classifiers, replaced_classifiers
 from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError, one_line
+from timm_etf.growing import with_reserved
 from timm_etf.hub.card import write_card
 from timm_etf.hub.load import FORMAT
 from timm_etf.report.results import write as write_results
@@ -52,7 +53,8 @@ def export(
         folder: Folder to write, new or empty. It appears whole or not at all.
         tag: Name of these weights, after the architecture's dot (`resnet50.TAG`).
         data_config: Preprocessing that the weights were trained for, as `timm.data.resolve_data_config` gives it.
-        label_names: Class names in the order of the logits.
+        label_names: Class names in the order of the logits; fewer than these where the others are reserved. By default
+            those that `timm_etf.grow_classifier` has put together.
         recipe: Training settings, recorded in config.json; JSON values.
         results: Measured numbers, written to results.json; the card is made from that file.
         half: Whether convolutions and linear layers are stored as float16, which halves the file; they are loaded as
@@ -75,6 +77,8 @@ def export(
             "configuration cannot be written."
         )
     trained = model
+    if label_names is None and any(head.taken is not None for _, head in fixed_classifiers(model)):
+        label_names = cfg.get("label_names")
     if any(head.projector is not None for _, head in replaced_classifiers(model)):
         model = copy.deepcopy(model)
         model.reset_classifier(0)  # type: ignore[operator]
@@ -117,10 +121,11 @@ def _config(
 ) -> dict[str, Any]:
     """timm's own config.json, with the plain architecture and without anything only this package understands."""
     own = {**NO_PROVENANCE, "architecture": base_name(model.pretrained_cfg["architecture"]), "tag": tag}
+    names = {"label_names": with_reserved(label_names, model.num_classes)} if label_names else {}
     save_config_for_hf(
         model,
         str(folder / "config.json"),
-        model_config={"pretrained_cfg": own, **({"label_names": label_names} if label_names else {})},
+        model_config={"pretrained_cfg": own, **names},
         model_args=dict.fromkeys(HEAD_ARGS),  # a frame may be a tensor or a tree, which timm refuses to write
         data_config=data_config,
     )
@@ -153,6 +158,7 @@ def _etf_block(
         "feature_norm": first.feature_norm,
         "projector": first.projector_kind,
         "origin": {name: head.origin for name, head in fixed.items() if head.origin} or None,
+        "taken": first.taken,
         "tree": first.tree and first.tree.record(),
         "weights_sha256": sha256,
         "data": {"name": source.get("data"), "images": source.get("train_images")},

@@ -204,6 +204,8 @@ def _check_block(etf: Any, name: str) -> None:
             f"{FORMAT}): pip install --upgrade timm_etf"
         )
     wrong = [k for k, valid in _BLOCK.items() if not isinstance(etf, dict) or k not in etf or not valid(etf[k])]
+    if not wrong and not (etf.get("taken") is None or etf["taken"] in range(etf["num_classes"] + 1)):
+        wrong = ["taken"]
     if not wrong and etf["frame"] == "hierarchy" and not _is_tree(etf.get("tree"), etf["num_classes"]):
         wrong = ["tree"]
     if wrong:

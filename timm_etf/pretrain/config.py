@@ -1,9 +1,7 @@
 """What a pretraining run is told: one dataclass, which is also the command line and `run.json`."""
 
-import difflib
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +25,7 @@ COSINE_LOSSES = ("normface", *BATCH_LOSSES)
 _RANGES = {
     "num_classes": "[2, inf)",
     "hierarchy_gamma": "(0, inf)",
+    "reserve": "[0, inf)",
     "img_size": "[1, 4096]",
     "mean": "(-inf, inf)",
     "std": "[1e-6, inf)",
@@ -87,6 +86,8 @@ class PretrainConfig:
     """Split to validate on after every epoch."""
     num_classes: int | None = None
     """Number of classes, where the data set does not tell (wds)."""
+    reserve: int = 0
+    """Further vectors of the classifier, reserved for classes to come: timm_etf.grow_classifier names them."""
     frame_seed: int | None = None
     """Seed of the fixed classifier's random rotation; by default --seed, so that trainings of several seeds vary it."""
     model_kwargs: tuple[str, ...] = ()
@@ -247,7 +248,7 @@ class PretrainConfig:
                 "from are named with --init."
             )
         if not timm.is_model(name):
-            raise UsageError(_unknown("model", name, timm.list_models(), "timm.list_models() lists the names"))
+            raise UsageError(specs.unknown("model", name, timm.list_models(), "timm.list_models() lists the names"))
         return name
 
     @property
@@ -323,6 +324,8 @@ class PretrainConfig:
             raise UsageError("--keep-classifier needs weights to start from: name them with --init.")
         if self.hierarchy and not self.architecture.endswith(SUFFIX):
             raise UsageError(f"--hierarchy makes a fixed classifier: use --model {self.model}{SUFFIX}.")
+        if self.reserve and (self.hierarchy or self.distill):
+            raise UsageError("--hierarchy and --distill say which classes there are: leave out --reserve.")
         if self.hierarchy and (self.keep_classifier or "frame" in self.parsed_model_kwargs):
             raise UsageError("--hierarchy says which frame: leave out --keep-classifier and --model-kwargs frame=.")
         if self.keep_classifier and self.fsdp:
@@ -381,17 +384,14 @@ class PretrainConfig:
             raise UsageError(f"Unknown --dataset {self.dataset!r}: use folder, {names}.")
         optimizers = [str(name) for name in timm.optim.list_optimizers()]
         if self.opt.lower().removeprefix("lookahead_") not in optimizers:
-            raise UsageError(_unknown("--opt", self.opt, optimizers, "timm.optim.list_optimizers() lists the names"))
+            raise UsageError(
+                specs.unknown("--opt", self.opt, optimizers, "timm.optim.list_optimizers() lists the names")
+            )
         if self.sched not in _SCHEDULES:
-            raise UsageError(_unknown("--sched", self.sched, _SCHEDULES, f"use one of {', '.join(_SCHEDULES)}"))
+            raise UsageError(specs.unknown("--sched", self.sched, _SCHEDULES, f"use one of {', '.join(_SCHEDULES)}"))
         if self.tracker:
             try:
                 version(self.tracker)
             except PackageNotFoundError:
                 fix = f"pip install 'timm_etf[{self.tracker}]'"
                 raise UsageError(f"--tracker {self.tracker} needs a package that is not installed: {fix}.") from None
-
-
-def _unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"Unknown {what} {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"{otherwise}.")

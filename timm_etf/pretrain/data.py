@@ -41,6 +41,7 @@ class Task:
     train: Dataset[Any]
     val: Dataset[Any]
     num_classes: int
+    """Those of the data and those that are reserved."""
     class_names: list[str] | None
     held_out: str | None = None
     """Hash of the names of the images that are held out, where a folder without splits was divided."""
@@ -77,9 +78,12 @@ def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
     if num_classes < 2:
         raise UsageError(f"{config.data_dir or config.dataset} has one class only; a classifier needs at least two.")
     if train_classes and len(train_classes) != num_classes:
-        raise UsageError(f"The data has {len(train_classes)} classes, not --num-classes {num_classes}: leave it out.")
+        raise UsageError(
+            f"The data has {len(train_classes)} classes, not --num-classes {num_classes}: leave it out"
+            f"{' (and use --reserve for classes to come)' if num_classes > len(train_classes) else ''}."
+        )
     names = sorted(train_classes, key=train_classes.__getitem__) if train_classes else None
-    return Task(train, val, num_classes, [str(n) for n in names] if names else None)
+    return Task(train, val, num_classes + config.reserve, [str(n) for n in names] if names else None)
 
 
 def _open_unlabelled(config: PretrainConfig, num_classes: int) -> Task:

@@ -266,7 +266,10 @@ def _create_model(
         )
         if start:
             start.give(model, classifier=bool(keep))
-        return start.fix(model, **head_args) if start and keep and fixed else model
+        model = start.fix(model, **head_args) if start and keep and fixed else model
+        for _, head in fixed_classifiers(model):
+            head.taken = num_classes - config.reserve if config.reserve else None
+        return model
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from None
     except Exception as e:  # an argument that this architecture does not take, or a value that some layer refuses
