@@ -244,7 +244,10 @@ def test_models_without_a_classifier_say_so() -> None:
     [
         ({"frame": "simplex"}, "at most 97 classes"),
         ({"frame": "simplx"}, "Unknown frame"),
-        ({"frame": torch.eye(200, 96)}, r"must be a simplex ETF of shape \[200, 96\]"),
+        ({"frame": torch.eye(200, 96)}, r"must have the shape \[200, 96\] and rows of one norm"),
+        ({"frame": torch.ones(200, 95)}, r"must have the shape \[200, 96\] and rows of one norm"),
+        ({"frame": torch.full((200, 96), torch.nan)}, "rows of one norm"),
+        ({"frame": frames.ClassTree(("a/b", "a/c"))}, "The tree has 2 classes and the model 200"),
         ({"logit_scale": 0}, "logit_scale must be a positive number"),
         ({"logit_scale": float("nan")}, "logit_scale must be a positive number"),
         ({"logit_scale": float("inf")}, "logit_scale must be a positive number"),

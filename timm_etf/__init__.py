@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["FixedClassifier", "UsageError", "coverage", "create_model", "fix_classifier", "frames", "free_classifier"]
+__all__ = [
+    "FixedClassifier",
+    "UsageError",
+    "coverage",
+    "create_model",
+    "fix_classifier",
+    "frames",
+    "free_classifier",
+    "grow_classifier",
+]
 
 if TYPE_CHECKING or PurePath(next(iter(sys.argv), "")).stem != "timm-etf":
     from timm_etf import frames
@@ -19,6 +28,7 @@ if TYPE_CHECKING or PurePath(next(iter(sys.argv), "")).stem != "timm-etf":
     from timm_etf.classifier import fix_classifier, free_classifier
     from timm_etf.coverage import coverage
     from timm_etf.errors import UsageError
+    from timm_etf.growing import grow_classifier
     from timm_etf.heads import FixedClassifier
     from timm_etf.hub.load import create_model
 

@@ -51,7 +51,7 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 def fix_classifier(
     model: nn.Module,
-    frame: str | Tensor = "auto",
+    frame: str | Tensor | frames.ClassTree = "auto",
     seed: int = 0,
     *,
     logit_scale: float | None = None,
@@ -70,8 +70,8 @@ def fix_classifier(
             the same scale, normalisation and projector (with none of these a plain layer stays as it is). It starts
             from the weight that is there, or from the unit directions of a frame. `"nearest"`, around weights that
             are there: the frame closest to each classifier's own rows, `timm_etf.frames.nearest`, which changes what
-            the model says least. Or a simplex ETF of your own, [K, d], such as
-            `timm_etf.frames.nearest_simplex(class_means)`.
+            the model says least. A `timm_etf.frames.ClassTree`, whose near classes get near directions. Or a frame of
+            your own, [K, d] with rows of one norm, such as `timm_etf.frames.nearest_simplex(class_means)`.
         seed: Seed of the frame's random rotation.
         logit_scale: Factor s > 0 of the logits, folded into the weight; by default 1, and for `"nearest"` what fits
             the rows best by least squares.
@@ -145,9 +145,11 @@ def restore(
         return model
     seed, norm = etf["seed"], etf["feature_norm"] if feature_norm is None else feature_norm
     scale = etf["logit_scale"] if logit_scale is None else logit_scale
+    told = etf.get("tree")
+    tree = frames.ClassTree(tuple(told["paths"]), told["gamma"]) if told else None
     if not weights_loaded:
         seed = 0 if seed is None else seed  # a frame of unknown rotation is as good under any other
-        frame = "auto" if etf["frame"] == "nearest" else etf["frame"]
+        frame = tree or ("auto" if etf["frame"] in frames.FITTED else etf["frame"])
         return fix_classifier(model, frame, seed, logit_scale=scale, feature_norm=norm, learn_scale=learn_scale)
     _check_options(0, scale, norm, learn_scale, None)
     new: dict[str, FixedClassifier | LearnedClassifier] = {}
@@ -169,6 +171,8 @@ def restore(
             feature_norm=norm,
             learn_scale=learn_scale,
             origin=(etf.get("origin") or {}).get(name),
+            tree=tree,
+            taken=etf.get("taken"),
         )
     return _set_classifiers(model, new)
 
@@ -186,11 +190,16 @@ def _check_options(seed: Any, logit_scale: Any, feature_norm: Any, learn_scale: 
 
 
 def _fixed(
-    head: Any, frame: str | Tensor, seed: int, scale: float | None, projector: Projector | None, **options: Any
+    head: Any,
+    frame: str | Tensor | frames.ClassTree,
+    seed: int,
+    scale: float | None,
+    projector: Projector | None,
+    **options: Any,
 ) -> FixedClassifier:
     """Fixed classifier for the place of `head`, on its device and of its dtype."""
     dim, shape = _shape(head, projector)
-    drawn, origin = True, None
+    drawn, origin, tree = True, None, None
     if isinstance(frame, str) and frame == "nearest":
         if projector is not None:
             raise UsageError("A projector's output is new, so there is no frame nearest to it: leave out one of them.")
@@ -203,9 +212,15 @@ def _fixed(
             scale = least_squares_scale(rows, w_KD) if scale is None else scale
             origin = {"from": None, "mean_cosine": round(mean_cosine(rows, w_KD), 4), "rows_sha256": _sha256(rows)}
     elif isinstance(frame, Tensor):
-        if frame.shape != shape[:2] or not frames.is_simplex(frame):
-            raise UsageError(f"A frame of your own must be a simplex ETF of shape {list(shape[:2])}.")
-        kind, w_KD, drawn = "simplex", torch.nn.functional.normalize(frame.double(), dim=1), False
+        if frame.shape != shape[:2] or not frames.matches(frame, "own", 1.0):
+            raise UsageError(f"A frame of your own must have the shape {list(shape[:2])} and rows of one norm.")
+        kind, drawn = "simplex" if frames.is_simplex(frame) else "own", False
+        w_KD = torch.nn.functional.normalize(frame.double(), dim=1)
+    elif isinstance(frame, frames.ClassTree):
+        if len(frame.paths) != shape[0]:
+            raise UsageError(f"The tree has {len(frame.paths)} classes and the model {shape[0]}: give it the model's.")
+        kind, tree = "hierarchy", frame
+        w_KD = head.weight.new_empty(shape) if head.weight.is_meta else frame.frame(shape[1], seed)
     else:
         kind = frames.resolve(frame, *shape[:2])
         # On the meta device shapes are all that is wanted: nothing is computed.
@@ -220,6 +235,7 @@ def _fixed(
         projector=projector,
         in_features=dim,
         origin=origin,
+        tree=tree,
         **options,
     )
 

@@ -90,6 +90,9 @@ class FixedClassifier(Head):
         in_features: Width of the features; needed with a projector alone, whose output has the weight's width.
         origin: Of a frame fitted to a classifier that was there: `from`, `mean_cosine` with its rows, and their
             `rows_sha256`; for the record.
+        tree: Of a frame that follows one.
+        taken: How many of the classes, the first, there are: the vectors of the others are reserved for classes to come
+            (`timm_etf.grow_classifier`). None: all.
 
     Shape:
         - Input: [*, d] for a matrix weight ([B, d] with an MLP projector), [B, d, H, W] for a convolutional one.
@@ -114,10 +117,12 @@ class FixedClassifier(Head):
         projector: Projector | None = None,
         in_features: int | None = None,
         origin: dict[str, Any] | None = None,
+        tree: frames.ClassTree | None = None,
+        taken: int | None = None,
     ) -> None:
         super().__init__(weight, in_features or weight.shape[1], feature_norm, projector)
         self.frame = frame
-        self.seed, self.origin = seed, origin
+        self.seed, self.origin, self.tree, self.taken = seed, origin, tree, taken
         if scale is None:
             scale = 1.0 if weight.is_meta else weight[0].double().norm().item()
         self._made_scale = scale
@@ -164,7 +169,8 @@ class FixedClassifier(Head):
             self.logit_scale.fill_(1)
 
     def _draw(self, seed: int) -> Tensor:
-        return frames.make(self.frame, *self.weight.shape[:2], seed=seed)
+        num_classes, dim = self.weight.shape[:2]
+        return self.tree.frame(dim, seed) if self.tree else frames.make(self.frame, num_classes, dim, seed=seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FixedClassifier":
         """Move or convert the tensors, as every module does; a frame that leaves the meta device is drawn."""
@@ -177,7 +183,9 @@ class FixedClassifier(Head):
     def extra_repr(self) -> str:
         """What `print(model)` shows between the brackets."""
         scale = f", scale={self.scale:.3g}"
-        return f"{super().extra_repr()}, frame={self.frame!r}, seed={self.seed}{'' if scale == ', scale=1' else scale}"
+        taken = "" if self.taken is None else f", taken={self.taken}"
+        scale = "" if scale == ", scale=1" else scale
+        return f"{super().extra_repr()}{taken}, frame={self.frame!r}, seed={self.seed}{scale}"
 
     def _load_from_state_dict(
         self,
@@ -224,6 +232,10 @@ class FixedClassifier(Head):
             return wrong
         if not own.is_meta:
             stored, own = (F.normalize(w.float(), dim=1) for w in (weight.flatten(1), own.to(weight.device)))
+            if self.tree:  # of another tree the largest cosine may be the same
+                cosines, expected = (w[:1000] @ w[:1000].T for w in (stored, own))
+                if not torch.allclose(cosines, expected, rtol=0, atol=5e-3):
+                    return f"weight is no {self.frame} frame of this tree"
             if not torch.allclose(stored, own, rtol=1e-2, atol=1e-3):
                 self.seed = self.origin = None  # another rotation than this seed's, or than the one that was fitted
         self.weight.copy_(weight)

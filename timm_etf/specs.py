@@ -1,6 +1,8 @@
 """`NAME,argument=value,...`: how a command line names a model or a data set with its arguments."""
 
 import ast
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from timm_etf.errors import UsageError
@@ -46,6 +48,38 @@ def split(spec: str) -> tuple[str, dict[str, str]]:
             raise UsageError(f"{part!r} in {spec!r} is no argument: write NAME,argument=value.")
         arguments[name] = value
     return first, arguments
+
+
+def arguments(option: str, items: tuple[str, ...], own: dict[str, str]) -> dict[str, Any]:
+    """The NAME=VALUE arguments of an option, as `value` reads them.
+
+    Args:
+        option: Its name, for messages.
+        items: NAME=VALUE each.
+        own: Names that have an option of their own, with what that is.
+
+    Raises:
+        UsageError: If one is not NAME=VALUE, or has an option of its own.
+
+    Example:
+        >>> arguments("--model-kwargs", ("frame=gaussian", "logit_scale=16"), {})
+        {'frame': 'gaussian', 'logit_scale': 16}
+    """
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{option} takes NAME=VALUE, got {item!r}.")
+        if name in own:
+            raise UsageError(f"{option} {name} has an option of its own: use {own[name]}.")
+        parsed[name] = value(text)
+    return parsed
+
+
+def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    """A message for a name that is not known: the nearest that are, or what else helps."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"Unknown {what} {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"{otherwise}.")
 
 
 def value(text: str) -> Any:

@@ -9,7 +9,8 @@
 `gaussian`, `orthonormal`, `hadamard`, `cube` and `uniform_qr` are controls: what else has been tried as a fixed
 classifier. Every frame is drawn in float64 from a generator of its own, so that the same arguments give the same
 vectors in every process (to rounding, if the number of threads differs), and torch's global random state is never
-touched. `nearest` is the frame closest to a classifier that is there.
+touched. `nearest` is the frame closest to a classifier that is there. In those of `hierarchy` and
+`from_similarity` cosines follow who is near whom; `ClassTree` reads that from folders and files.
 
 Shape suffixes: `w_KD` is a frame with K vectors of d dimensions, `u_DM` has M orthonormal columns.
 """
@@ -22,16 +23,24 @@ from timm_etf.errors import UsageError
 from timm_etf.frames.bounds import bound, coherence, levenshtein_bound, rankin_bound, welch_bound
 from timm_etf.frames.codes import spherical_code
 from timm_etf.frames.controls import cube, gaussian, hadamard, orthonormal, uniform_qr
+from timm_etf.frames.enlarging import enlarged
 from timm_etf.frames.exact import is_simplex, nearest_simplex, orthoplex, simplex
+from timm_etf.frames.hierarchy import from_similarity, hierarchy
 from timm_etf.frames.nearest import nearest
+from timm_etf.frames.trees import ClassTree
 
 __all__ = [
+    "FITTED",
     "FRAMES",
+    "ClassTree",
     "bound",
     "coherence",
     "cube",
+    "enlarged",
+    "from_similarity",
     "gaussian",
     "hadamard",
+    "hierarchy",
     "is_simplex",
     "levenshtein_bound",
     "make",
@@ -52,6 +61,10 @@ FRAMES: dict[str, Callable[..., Tensor]] = {
     f.__name__: f for f in (simplex, orthoplex, spherical_code, gaussian, orthonormal, hadamard, cube, uniform_qr)
 }
 """Frames by name: functions `(num_classes, dim, *, seed, dtype) -> [K, d]`."""
+
+
+FITTED = ("nearest", "hierarchy", "own")
+"""Frames that follow a classifier, a `ClassTree`, or are a caller's own: no name alone makes them."""
 
 
 def resolve(name: str, num_classes: int, dim: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_etf.atomic import write_text
+from timm_etf.frames import ClassTree
 from timm_etf.report.results import Checkpoint, Difference, Own, OwnProtocol, OwnRow, Transfer, read
 
 PICTURE = "results.png"
@@ -18,6 +19,8 @@ DATA_LICENSES = "DATA_LICENSES.md"
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _GEOMETRY = ("nc1", "cdnv", "vci")
 _FRAMES = {"simplex": "a simplex ETF", "orthoplex": "an orthoplex", "spherical_code": "a spherical code"}
+_FRAMES |= {"hierarchy": "a frame whose cosines follow a tree", "own": "a frame of its maker's own"}
+_TREE_LINES = 40
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -92,6 +95,7 @@ def card(
             etf=etf,
             recipe=recipe,
             origin=origin,
+            tree=_tree(etf),
             frame=_FRAMES.get(etf["frame"], f"the frame `{etf['frame']}`") if etf else None,
             whitened="_sw" in config["architecture"],
             source=results.get("source"),
@@ -165,6 +169,16 @@ def own_results(compared: Transfer, weights_sha256: str) -> Own | None:
         "protocols": protocols,
         "collapse": collapse,
     }
+
+
+def _tree(etf: dict[str, Any] | None) -> str:
+    """The tree that the frame follows, as text, its first groups."""
+    if not (etf and etf.get("tree")):
+        return ""
+    lines = str(ClassTree(tuple(etf["tree"]["paths"]))).splitlines()
+    return "\n".join(
+        lines[:_TREE_LINES] + [f"... and {len(lines) - _TREE_LINES} more groups"] * (len(lines) > _TREE_LINES)
+    )
 
 
 def _name(config: dict[str, Any]) -> str:

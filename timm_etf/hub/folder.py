@@ -17,6 +17,7 @@ from timm_etf.atomic import atomic_folder, file_sha256, require_new_folder, writ
 from timm_etf.classifier import classifier_names, fixed_classifiers, replaced_classifiers
 from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError, one_line
+from timm_etf.growing import with_reserved
 from timm_etf.heads import mismatch
 from timm_etf.hub.card import write_card
 from timm_etf.hub.load import FORMAT
@@ -53,8 +54,9 @@ def export(
         folder: Folder to write, new or empty. It appears whole or not at all.
         tag: Name of these weights, after the architecture's dot (`resnet50.TAG`).
         data_config: Preprocessing that the weights were trained for, as `timm.data.resolve_data_config` gives it.
-        label_names: Class names in the order of the logits; by default those that the model was loaded with, if it
-            has still as many classes. An empty list leaves them out.
+        label_names: Class names in the order of the logits; fewer than these where the others are reserved. By default
+            those that the model was loaded with or `timm_etf.grow_classifier` has put together, if it has still as many
+            classes. An empty list leaves them out.
         recipe: Training settings, recorded in config.json; JSON values.
         results: Measured numbers, written to results.json; the card is made from that file.
         half: Whether convolutions and linear layers are stored as float16, which halves the file; they are loaded as
@@ -86,7 +88,8 @@ def export(
             )
     if label_names is None:
         known = cfg.get("label_names") or []
-        label_names = list(known) if len(known) == model.num_classes else None
+        reserves = any(head.taken is not None for _, head in fixed_classifiers(model))
+        label_names = list(known) if reserves or len(known) == model.num_classes else None
     trained = model
     if any(head.projector is not None for _, head in replaced_classifiers(model)):
         model = copy.deepcopy(model)
@@ -130,10 +133,12 @@ def _config(
 ) -> dict[str, Any]:
     """timm's own config.json, with the plain architecture and without anything only this package understands."""
     own = {**NO_PROVENANCE, "architecture": base_name(model.pretrained_cfg["architecture"]), "tag": tag}
+    names = {"label_names": with_reserved(label_names, model.num_classes)} if label_names else {}
     save_config_for_hf(
         model,
         str(folder / "config.json"),
-        model_config={"pretrained_cfg": own, **({"label_names": label_names} if label_names else {})},
+        model_config={"pretrained_cfg": own, **names},
+        model_args=dict.fromkeys(HEAD_ARGS),  # a frame may be a tensor or a tree, which timm refuses to write
         data_config=data_config,
     )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -165,6 +170,8 @@ def _etf_block(
         "feature_norm": first.feature_norm,
         "projector": first.projector_kind,
         "origin": {name: head.origin for name, head in fixed.items() if head.origin} or None,
+        "taken": first.taken,
+        "tree": first.tree and first.tree.record(),
         "weights_sha256": sha256,
         "data": {"name": source.get("data"), "images": source.get("train_images")},
         "recipe": recipe or {},

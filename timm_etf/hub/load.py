@@ -204,16 +204,28 @@ def _check_block(etf: Any, name: str) -> None:
             f"{FORMAT}): pip install --upgrade timm_etf"
         )
     wrong = [k for k, valid in _BLOCK.items() if not isinstance(etf, dict) or k not in etf or not valid(etf[k])]
+    if not wrong and not (etf.get("taken") is None or etf["taken"] in range(etf["num_classes"] + 1)):
+        wrong = ["taken"]
+    if not wrong and etf["frame"] == "hierarchy" and not _is_tree(etf.get("tree"), etf["num_classes"]):
+        wrong = ["tree"]
     if wrong:
         raise UsageError(
             f"The etf block in the config.json of {name} is damaged (see {wrong[0]!r}): download or export the model "
             "again, or use timm.create_model to load it without its fixed classifier."
         )
-    if etf["frame"] not in (*frames.FRAMES, "nearest"):
+    if etf["frame"] not in (*frames.FRAMES, *frames.FITTED):
         raise UsageError(
             f"{name} has a classifier of frame {etf['frame']!r}, which this version does not know: pip install "
             "--upgrade timm_etf, or use timm.create_model to load it without its fixed classifier."
         )
+
+
+def _is_tree(tree: Any, num_classes: int) -> bool:
+    try:
+        found = frames.ClassTree(tuple(tree["paths"]), tree["gamma"])
+        return len(found.paths) == num_classes and found.sha256 == tree["sha256"] and found.gamma > 0
+    except Exception:  # whatever it is instead
+        return False
 
 
 _BLOCK: dict[str, Callable[[Any], bool]] = {

@@ -1,9 +1,7 @@
 """What a pretraining run is told: one dataclass, which is also the command line and `run.json`."""
 
-import difflib
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +24,8 @@ COSINE_LOSSES = ("normface", *BATCH_LOSSES)
 
 _RANGES = {
     "num_classes": "[2, inf)",
+    "hierarchy_gamma": "(0, inf)",
+    "reserve": "[0, inf)",
     "img_size": "[1, 4096]",
     "mean": "(-inf, inf)",
     "std": "[1e-6, inf)",
@@ -86,6 +86,8 @@ class PretrainConfig:
     """Split to validate on after every epoch."""
     num_classes: int | None = None
     """Number of classes, where the data set does not tell (wds)."""
+    reserve: int = 0
+    """Further vectors of the classifier, reserved for classes to come: timm_etf.grow_classifier names them."""
     frame_seed: int | None = None
     """Seed of the fixed classifier's random rotation; by default --seed, so that trainings of several seeds vary it."""
     model_kwargs: tuple[str, ...] = ()
@@ -103,6 +105,11 @@ class PretrainConfig:
     """Learn what another model answers instead of labels, which the images need not have: resnet50.a1_in1k,
     hf-hub:ORG/NAME, local-dir:FOLDER. Validation then counts how often the two agree. Images that are not in folders of
     the splits are divided, a tenth for validation."""
+    hierarchy: Path | None = None
+    """Tree of the classes, which the cosines of the fixed classifier follow: nested folders (DATA/train), a .json file
+    with the group or parent of each class, or a table of CLASS, tab, GROUP/SUBGROUP."""
+    hierarchy_gamma: float = 3.0
+    """How fast these cosines fall from siblings on; a large one gives the simplex."""
     drop_path: float | None = None
     """Rate of stochastic depth."""
     freeze_bn: bool = False
@@ -241,7 +248,7 @@ class PretrainConfig:
                 "from are named with --init."
             )
         if not timm.is_model(name):
-            raise UsageError(_unknown("model", name, timm.list_models(), "timm.list_models() lists the names"))
+            raise UsageError(specs.unknown("model", name, timm.list_models(), "timm.list_models() lists the names"))
         return name
 
     @property
@@ -254,7 +261,7 @@ class PretrainConfig:
         own = {"frame_seed": "--frame-seed", "drop_path_rate": "--drop-path"}
         if self.loss in COSINE_LOSSES:
             own["logit_scale"] = "--temperature, its inverse"
-        parsed = _parsed("--model-kwargs", self.model_kwargs, own)
+        parsed = specs.arguments("--model-kwargs", self.model_kwargs, own)
         if self.loss in COSINE_LOSSES:
             if not parsed.setdefault("feature_norm", True):
                 raise UsageError(f"--loss {self.loss} takes cosines: leave out --model-kwargs feature_norm.")
@@ -269,7 +276,7 @@ class PretrainConfig:
             UsageError: If one is not NAME=VALUE, or has an option of its own.
         """
         own = {name: f"--{name.replace('_', '-')}" for name in ("opt", "lr", "weight_decay", "momentum", "layer_decay")}
-        parsed = _parsed("--opt-kwargs", self.opt_kwargs, own)
+        parsed = specs.arguments("--opt-kwargs", self.opt_kwargs, own)
         return {"lr": self.lr, "weight_decay": self.weight_decay, "momentum": self.momentum, **parsed}
 
     @property
@@ -280,7 +287,7 @@ class PretrainConfig:
             UsageError: If one is not NAME=VALUE, or has an option of its own.
         """
         own = {"sched": "--sched", "num_epochs": "--epochs", "warmup_epochs": "--warmup-epochs"}
-        return _parsed("--sched-kwargs", self.sched_kwargs, own)
+        return specs.arguments("--sched-kwargs", self.sched_kwargs, own)
 
     @property
     def warmup(self) -> int:
@@ -315,6 +322,12 @@ class PretrainConfig:
             raise UsageError("--pretrained and --init both name weights to start from: leave one out.")
         if self.keep_classifier and not self.initial_weights:
             raise UsageError("--keep-classifier needs weights to start from: name them with --init.")
+        if self.hierarchy and not self.architecture.endswith(SUFFIX):
+            raise UsageError(f"--hierarchy makes a fixed classifier: use --model {self.model}{SUFFIX}.")
+        if self.reserve and (self.hierarchy or self.distill):
+            raise UsageError("--hierarchy and --distill say which classes there are: leave out --reserve.")
+        if self.hierarchy and (self.keep_classifier or "frame" in self.parsed_model_kwargs):
+            raise UsageError("--hierarchy says which frame: leave out --keep-classifier and --model-kwargs frame=.")
         if self.keep_classifier and self.fsdp:
             raise UsageError("--keep-classifier does not work on shards: leave out --fsdp.")
         if self.layer_decay and self.sched == "none":
@@ -371,30 +384,14 @@ class PretrainConfig:
             raise UsageError(f"Unknown --dataset {self.dataset!r}: use folder, {names}.")
         optimizers = [str(name) for name in timm.optim.list_optimizers()]
         if self.opt.lower().removeprefix("lookahead_") not in optimizers:
-            raise UsageError(_unknown("--opt", self.opt, optimizers, "timm.optim.list_optimizers() lists the names"))
+            raise UsageError(
+                specs.unknown("--opt", self.opt, optimizers, "timm.optim.list_optimizers() lists the names")
+            )
         if self.sched not in _SCHEDULES:
-            raise UsageError(_unknown("--sched", self.sched, _SCHEDULES, f"use one of {', '.join(_SCHEDULES)}"))
+            raise UsageError(specs.unknown("--sched", self.sched, _SCHEDULES, f"use one of {', '.join(_SCHEDULES)}"))
         if self.tracker:
             try:
                 version(self.tracker)
             except PackageNotFoundError:
                 fix = f"pip install 'timm_etf[{self.tracker}]'"
                 raise UsageError(f"--tracker {self.tracker} needs a package that is not installed: {fix}.") from None
-
-
-def _parsed(option: str, items: tuple[str, ...], own: dict[str, str]) -> dict[str, Any]:
-    """NAME=VALUE arguments; values are Python literals, yes, no, true or false, or else text."""
-    parsed: dict[str, Any] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals or not name.isidentifier():
-            raise UsageError(f"{option} takes NAME=VALUE, got {item!r}.")
-        if name in own:
-            raise UsageError(f"{option} {name} has an option of its own: use {own[name]}.")
-        parsed[name] = specs.value(value)
-    return parsed
-
-
-def _unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"Unknown {what} {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"{otherwise}.")

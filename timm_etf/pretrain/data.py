@@ -21,6 +21,7 @@ from timm_etf.data.images import refuse_linked_folders
 from timm_etf.data.samples import PackedSamples
 from timm_etf.data.seeded import SeededDataset
 from timm_etf.errors import UsageError, first_line
+from timm_etf.frames import ClassTree
 from timm_etf.loading.loader import Loader
 from timm_etf.loading.sampling import EpochSampler
 from timm_etf.loading.streams import SeededStream, divide, num_shards, share_out
@@ -43,6 +44,7 @@ class Task:
     train: Dataset[Any]
     val: Dataset[Any]
     num_classes: int
+    """Those of the data and those that are reserved."""
     class_names: list[str] | None
     held_out: str | None = None
     """Hash of the names of the images that are held out, where a folder without splits was divided."""
@@ -79,9 +81,12 @@ def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
     if num_classes < 2:
         raise UsageError(f"{config.data_dir or config.dataset} has one class only; a classifier needs at least two.")
     if train_classes and len(train_classes) != num_classes:
-        raise UsageError(f"The data has {len(train_classes)} classes, not --num-classes {num_classes}: leave it out.")
+        raise UsageError(
+            f"The data has {len(train_classes)} classes, not --num-classes {num_classes}: leave it out"
+            f"{' (and use --reserve for classes to come)' if num_classes > len(train_classes) else ''}."
+        )
     names = sorted(train_classes, key=train_classes.__getitem__) if train_classes else None
-    return Task(train, val, num_classes, [str(n) for n in names] if names else None)
+    return Task(train, val, num_classes + config.reserve, [str(n) for n in names] if names else None)
 
 
 def open_on_all(config: PretrainConfig, answers: int | None = None) -> Task:
@@ -122,6 +127,21 @@ def _open_unlabelled(config: PretrainConfig, num_classes: int) -> Task:
     names = "\n".join(os.path.relpath(path, config.data_dir) for path, _ in samples)
     task = _without_labels(train, val, num_classes)
     return replace(task, held_out=hashlib.sha256(f"{held_out}\n{names}".encode(errors="surrogateescape")).hexdigest())
+
+
+def class_tree(config: PretrainConfig, names: list[str] | None) -> ClassTree | None:
+    """Tree of the classes of these names, if the run has one.
+
+    Raises:
+        UsageError: If it lacks one of them, is none, or the classes have no names.
+    """
+    if config.hierarchy is None:
+        return None
+    if not names:
+        raise UsageError(
+            f"--hierarchy needs the names of the classes, and {config.dataset} does not tell: leave it out."
+        )
+    return ClassTree.read(config.hierarchy, names, config.hierarchy_gamma)
 
 
 def _without_labels(train: Any, val: Any, num_classes: int) -> Task:

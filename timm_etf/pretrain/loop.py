@@ -158,6 +158,7 @@ def _validate(run: Run) -> dict[str, Any]:
         pixels=run.step.pixels,
         teacher=run.step.objective.teacher,
         geometry=run.config.geometry,
+        reserved=run.config.reserve,
     )
     if run.step.ema is None:
         return score(run.step.model)

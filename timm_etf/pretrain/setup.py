@@ -26,6 +26,7 @@ from torch import nn
 from timm_etf.atomic import require_new_folder, write_json, write_text
 from timm_etf.classifier import classifier_names, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
+from timm_etf.frames import ClassTree
 from timm_etf.loading.loader import Loader, Pixels
 from timm_etf.pretrain import checkpoint, data, recipe, sharding
 from timm_etf.pretrain.checkpoint import Position
@@ -49,6 +50,7 @@ class Run:
     data_config: dict[str, Any]
     """timm's preprocessing, exported with the weights."""
     class_names: list[str] | None
+    tree: ClassTree | None
     position: Position
     on_record: bool = False
 
@@ -65,7 +67,7 @@ class Run:
         if not self.config.fsdp:
             return (self.step.ema.module if self.step.ema else self.plain_model).cpu()
         weights = sharding.gathered(self.plain_model)
-        model = _create_model(self.config, self.settings["frame_seed"], self.settings["num_classes"])
+        model = _create_model(self.config, self.settings["frame_seed"], self.settings["num_classes"], self.tree)
         if weights:
             model.load_state_dict(weights)
         return model
@@ -131,11 +133,15 @@ def setup(config: PretrainConfig) -> Run:
     start = _start(config)
     taught = teacher(config.distill, in_chans=config.in_chans, **img_size_argument(config)) if config.distill else None
     task = data.open_on_all(config, getattr(taught, "num_classes", None))
+    names = taught.pretrained_cfg.get("label_names") if taught else task.class_names
+    tree = data.class_tree(config, names)
     settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes, task.held_out)
+    settings["hierarchy"] = tree and tree.sha256  # the file may have moved, or changed
     if config.resume:
         checkpoint.check_resume(config.out, settings)
     set_seed(config.seed)
-    model = create_on_all(partial(_create_model, config, settings["frame_seed"], task.num_classes, start), accelerator)
+    create = partial(_create_model, config, settings["frame_seed"], task.num_classes, tree, start)
+    model = create_on_all(create, accelerator)
     channels_last = _arrange_for_speed(model, taught, config, accelerator)
     objective, mixup = Objective(config, model, taught), data.mixup(config, task.num_classes)
     data_config = resolve_data_config(config, model, start)
@@ -172,8 +178,7 @@ def setup(config: PretrainConfig) -> Run:
     pixels = Pixels(data_config, accelerator.device, channels_last=channels_last, reprob=config.reprob)
     step = Step(config, accelerator, model, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
-    names = taught.pretrained_cfg.get("label_names") if taught else task.class_names
-    return Run(config, settings, accelerator, step, train, val, data_config, names, position)
+    return Run(config, settings, accelerator, step, train, val, data_config, names, tree, position)
 
 
 def _accelerator(config: PretrainConfig) -> Accelerator:
@@ -235,8 +240,10 @@ def _start(config: PretrainConfig) -> Start | None:
     return Start(config.initial_weights, in_chans=config.in_chans, **img_size_argument(config))
 
 
-def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int, start: Start | None = None) -> nn.Module:
-    kwargs, name = config.parsed_model_kwargs, config.architecture
+def _create_model(
+    config: PretrainConfig, frame_seed: int, num_classes: int, tree: ClassTree | None, start: Start | None = None
+) -> nn.Module:
+    kwargs, name = config.parsed_model_kwargs | ({"frame": tree} if tree else {}), config.architecture
     keep = config.keep_classifier and start
     fixed = name != base_name(name)
     if kwargs.get("frame") == "nearest":
@@ -259,7 +266,10 @@ def _create_model(config: PretrainConfig, frame_seed: int, num_classes: int, sta
         )
         if start:
             start.give(model, classifier=bool(keep))
-        return start.fix(model, **head_args) if start and keep and fixed else model
+        model = start.fix(model, **head_args) if start and keep and fixed else model
+        for _, head in fixed_classifiers(model):
+            head.taken = num_classes - config.reserve if config.reserve else None
+        return model
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from None
     except Exception as e:  # an argument that this architecture does not take, or a value that some layer refuses

@@ -27,6 +27,7 @@ def validate(
     teacher: nn.Module | None = None,
     *,
     geometry: bool = True,
+    reserved: int = 0,
 ) -> dict[str, Any]:
     """Score a model on the validation split.
 
@@ -40,6 +41,7 @@ def validate(
         pixels: What makes images of them.
         teacher: A model whose answers take the place of the class numbers.
         geometry: Whether to measure how collapsed the features are.
+        reserved: How many of the logits, the last, are of classes to come: they do not count.
 
     Returns:
         `top1` and `top5` in percent, `loss` (mean cross-entropy, or divergence from a teacher, nats), `count` of
@@ -61,6 +63,7 @@ def validate(
             images, targets = pixels(images), targets.to(accelerator.device)
             with accelerator.autocast():
                 logits = plain(images)[: len(targets)].float()
+                logits = logits[:, : logits.shape[1] - reserved]
                 if teacher is not None:
                     taught = teacher(images)[: len(targets)].float()
                     targets = taught.argmax(dim=1)
