@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["FixedClassifier", "UsageError", "coverage", "create_model", "fix_classifier", "frames", "free_classifier"]
+__all__ = [
+    "FixedClassifier",
+    "UsageError",
+    "coverage",
+    "create_model",
+    "embed",
+    "fix_classifier",
+    "frames",
+    "free_classifier",
+]
 
 if TYPE_CHECKING or PurePath(next(iter(sys.argv), "")).stem != "timm-etf":
     from timm_etf import frames
     from timm_etf import variants as variants
     from timm_etf.classifier import fix_classifier, free_classifier
     from timm_etf.coverage import coverage
+    from timm_etf.embedding import embed
     from timm_etf.errors import UsageError
     from timm_etf.heads import FixedClassifier
     from timm_etf.hub.load import create_model
