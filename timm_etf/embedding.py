@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,12 +127,14 @@ class Coordinates:
 
     Attributes:
         names: Class names in the order of the logits; numbers where the model names none.
+        named: Whether it does.
         kind: Of the frame, as far as its vectors' cosines depend on it; `"logits"` for an ordinary classifier.
         head: The classifier.
         basis: (W W')^{+1/2} W of a frame W, [K, d]; None where centred logits are that already, up to their scale.
     """
 
     names: tuple[str, ...]
+    named: bool
     kind: str
     head: Any
     basis: Tensor | None
@@ -155,12 +157,13 @@ class Coordinates:
                 f"{kind_of_model} has an ordinary classifier and no frame: timm_etf.fix_classifier(model, "
                 "frame='nearest') gives it one, and without strict its centred logits are taken."
             )
-        names: Sequence[str] = model.pretrained_cfg.get("label_names") or ()  # type: ignore[union-attr, operator]
-        names = names if len(names) == len(head.weight) else [str(k) for k in range(len(head.weight))]
+        own = model.pretrained_cfg.get("label_names") or ()  # type: ignore[union-attr, operator]
+        named = len(own) == len(head.weight)  # else they are of a classifier that was here before
+        names = tuple(map(str, own if named else range(len(head.weight))))
         if not isinstance(head, FixedClassifier):
-            return cls(tuple(names), "logits", head, None)
+            return cls(names, named, "logits", head, None)
         basis = None if head.frame == "simplex" else isometry(head.weight.flatten(1)).float()
-        return cls(tuple(names), _kind(head), head, basis)
+        return cls(names, named, _kind(head), head, basis)
 
     @property
     def system(self) -> str:
