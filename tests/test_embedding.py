@@ -114,6 +114,10 @@ def test_types_and_batches() -> None:
     loaded = embed(net, iter([(x[:2], torch.zeros(2)), (x[2:], torch.zeros(3))]))
     assert torch.allclose(loaded.vectors, full.vectors, atol=1e-6)
     assert loaded.system == half.system == full.system
+    mean = full.vectors[:3].mean(0)
+    centred = embed(net, x, mean=mean)
+    assert torch.allclose(centred.vectors, torch.nn.functional.normalize(full.vectors - mean))
+    assert centred.system == f"{full.system}-centred"
     pooled = embed(net, x, "features")
     features = net.forward_head(net.forward_features(x), pre_logits=True).detach()
     assert torch.allclose(pooled.vectors, torch.nn.functional.normalize(features), atol=1e-6)
@@ -155,6 +159,7 @@ def test_what_cannot_be_embedded_is_refused_in_one_line() -> None:
         (lambda: embed(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3), x), "2 classifiers"),
         (lambda: embed(tiny(), x[:0]), "no images to embed"),
         (lambda: embed(tiny(), []), "no images to embed"),
+        (lambda: embed(tiny(), x, mean=torch.zeros(9)), r"The mean has the shape \[9\], and these vectors have 10"),
         (lambda: embed(damaged, x), "not finite"),
         (lambda: embed(tiny(), x, "logits"), "Unknown space 'logits'"),  # type: ignore[arg-type]
         (lambda: embed(tiny(), x, dtype=torch.float64), "float32, torch.float16 or torch.int8"),

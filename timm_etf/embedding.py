@@ -29,7 +29,8 @@ class Embedding:
     Attributes:
         vectors: Unit vectors, [n, D], on the CPU; int8 ones are 127 times that, rounded. Their inner product is the
             cosine (times 127^2).
-        system: Name of the coordinate system, KIND-D-HASH: equal for two embeddings exactly if they may be compared.
+        system: Name of the coordinate system, KIND-D-HASH, with -centred where a mean was subtracted: equal for two
+            embeddings exactly if they may be compared.
     """
 
     vectors: Tensor
@@ -55,6 +56,7 @@ def embed(
     images: Tensor | Iterable[Any],
     space: Space = "frame",
     *,
+    mean: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     strict: bool = False,
 ) -> Embedding:
@@ -76,12 +78,16 @@ def embed(
         images: Preprocessed as the model expects it: one tensor [n, C, H, W], or batches of them, each a tensor or, as
             loaders give it, a sequence that begins with one.
         space: `"frame"`, or `"features"`: the pooled features, which no other training shares.
+        mean: Of this model's own vectors of some dozen unlabelled images like those to be indexed, [K] or [d]; it is
+            subtracted before the vectors get their length. Where in the space a model puts images of another kind than
+            it was trained on is its own: without that, models agree better.
         dtype: `torch.float32`, `torch.float16` or `torch.int8` (symmetric, scale 127).
         strict: Refuse a model without a frame, whose coordinates are its centred logits.
 
     Returns:
         Unit vectors [n, K] (`"frame"`) or [n, d] (`"features"`), and the name of their coordinate system: of the kind
-        of frame and the class names in their order (numbers where the model names none), or of the model's weights.
+        of frame and the class names in their order (numbers where the model names none), or of the model's weights;
+        and of whether a mean was subtracted.
 
     Raises:
         UsageError: If the model has not exactly one classifier or, with `strict`, no frame; if there are no images; if
@@ -114,11 +120,17 @@ def embed(
     if not sum(map(len, vectors)):
         raise UsageError("There are no images to embed: give [n, C, H, W] with n >= 1, or batches of them.")
     found = torch.cat(vectors)
+    if mean is not None:
+        if mean.shape != found.shape[1:]:
+            raise UsageError(
+                f"The mean has the shape {list(mean.shape)}, and these vectors have {found.shape[1]} numbers."
+            )
+        found = normalize(found - mean.to(found))
     if not found.isfinite().all():
         raise UsageError("The embeddings are not finite: the model's weights are damaged, or its training diverged.")
     found = (found * 127).round() if dtype == torch.int8 else found
     system = f"features-{found.shape[1]}-{weights_hash(net)[:12]}" if coordinates is None else coordinates.system
-    return Embedding(found.to(dtype), system)
+    return Embedding(found.to(dtype), system if mean is None else f"{system}-centred")
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,16 @@ def test_the_report_has_what_vectors_of_embed_find(
     ):
         found = row(results, q, gallery, within=within)
         assert ("features" in found["spaces"]) == ("wide" not in (q, gallery))
-        for space in ("coordinates", "features"):
+        for space in ("coordinates", "centred", "features"):
             for number, (query, old) in enumerate(of if space in found["spaces"] else ()):
-                kind = "frame" if space == "coordinates" else space
+                kind = "features" if space == "features" else "frame"
+                mean = {}
+                for t in (query, old) if space == "centred" else ():
+                    rows = np.random.default_rng(0).permutation(122)[:100]
+                    mean[t] = embed(trainings[t], pixels[t, "train"][rows]).vectors.mean(0)
                 by, indexed = (
-                    embed(trainings[t], pixels[t, s], kind).vectors for t, s in ((query, "test"), (old, "train"))
+                    embed(trainings[t], pixels[t, s], kind, mean=mean.get(t)).vectors
+                    for t, s in ((query, "test"), (old, "train"))
                 )
                 expected = by_ranking(indexed.double(), labels["train"], by.double(), labels["test"])
                 for metric, values in found["spaces"][space].items():
@@ -118,13 +123,14 @@ def test_procrustes_is_fitted_on_pairs_of_the_gallery(
         [features_of(timm.create_model(models[n], pretrained=True), s, workers=0) for s in (splits.train, splits.test)]
         for n in ("plain", "wide")
     )
-    unit = [f.x / np.linalg.norm(f.x, axis=1, keepdims=True) for f in (new[0], old[0], new[1])]
     rows = np.random.default_rng(0).permutation(122)[:100]
-    left, _, right = np.linalg.svd(unit[0][rows].T.astype(np.float64) @ unit[1][rows], full_matrices=False)
-    turned = torch.from_numpy(unit[2] @ left[:, :96] @ right[:96])
-    expected = by_ranking(
-        torch.from_numpy(unit[1]).double(), torch.from_numpy(old[0].y), turned, torch.from_numpy(new[1].y)
+    unit = [f.x.astype(np.float64) / np.linalg.norm(f.x, axis=1, keepdims=True) for f in (*new, *old)]
+    (train, test), gallery = (
+        [x - of[rows].mean(0) for x in pair] for pair, of in ((unit[:2], unit[0]), (unit[2:3], unit[2]))
     )
+    left, _, right = np.linalg.svd(train[rows].T @ gallery[0][rows], full_matrices=False)
+    turned = torch.from_numpy(test @ left[:, :96] @ right[:96])
+    expected = by_ranking(*map(torch.from_numpy, (gallery[0], old[0].y)), turned, torch.from_numpy(new[1].y))
     found = row(results, "wide", "plain")["spaces"]["Procrustes 100"]
     assert {m: v[0] for m, v in found.items()} == pytest.approx({m: expected[m] for m in found}, abs=3)
     assert not any(s.startswith("Proc") for s in row(results, "plain", "plain", within=True)["spaces"])

@@ -131,9 +131,9 @@ def retrieval(data: str, pairs: Sequence[Mapping[str, Any]], out: Path) -> str:
     recall = [{space: float(np.mean(v["recall@1"])) for space, v in p["spaces"].items()} for p in pairs]
     side = 1.6 + 0.7 * len(labels)
     with rc_context(STYLE):
-        figure: Any = Figure(figsize=(2 * side + 5.5, side + 1.4), layout="constrained")
-        *matrices, curve = figure.subplots(1, 3, width_ratios=[side, side, 5])
-        for axis, space in zip(matrices, ("features", "coordinates"), strict=True):
+        figure: Any = Figure(figsize=(3 * side + 5.5, side + 1.4), layout="constrained")
+        *matrices, curve = figure.subplots(1, 4, width_ratios=[side, side, side, 5])
+        for axis, space in zip(matrices, ("features", "coordinates", "centred"), strict=True):
             values = np.full((len(labels), len(labels)), np.nan)
             for p, found in zip(pairs, recall, strict=True):
                 place = labels.index(p["queries"]), labels.index(p["gallery"])
@@ -144,7 +144,7 @@ def retrieval(data: str, pairs: Sequence[Mapping[str, Any]], out: Path) -> str:
                 axis.text(place[1], place[0], "-" if np.isnan(value) else f"{value:.1f}", ha="center", va="center")
             axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
             axis.set_yticks(range(len(labels)), labels)
-            axis.set(title=space, xlabel="gallery", ylabel="queries")
+            axis.set(title="coordinates, centred" if space == "centred" else space, xlabel="gallery", ylabel="queries")
         fits = sorted({int(space.split()[1]) for found in recall for space in found if space.startswith("Procrustes")})
         names = ["features", *(f"Procrustes {n}" for n in fits)]
         updates = [(p, found) for p, found in zip(pairs, recall, strict=True) if "difference" in p]
@@ -157,9 +157,11 @@ def retrieval(data: str, pairs: Sequence[Mapping[str, Any]], out: Path) -> str:
                 markersize=3.5,
                 label=f"{p['queries']} in {other}{p['gallery']}",
             )
-            curve.axhline(found["coordinates"], color=colour, ls="--", lw=1)
+            curve.axhline(found["centred"], color=colour, ls="--", lw=1)
         curve.set_xticks(range(len(names)), ["0", *map(str, fits)])
-        curve.set(title="Procrustes (points), coordinates (dashed)", xlabel="images fitted on", ylabel="recall@1, %")
+        curve.set(
+            title="Procrustes (points), centred coordinates (dashed)", xlabel="images fitted on", ylabel="recall@1, %"
+        )
         curve.set_ylim(0, 105)
         curve.grid(alpha=0.3)
         if updates:

@@ -24,8 +24,14 @@ from timm_etf.retrieval import METRICS, procrustes, ranked
 MAIN = METRICS[0]
 """What compatibility and gain are about."""
 
-LEAST_GAIN = 1
+UNTURNED = ("features", "coordinates", "centred")
+"""Spaces in which vectors are compared as they are."""
+
+LEAST_GAIN = 1.0
 """Percentage points that embedding the gallery again gains, for a share of it to mean anything."""
+
+CENTRED = 100
+"""Images of the gallery whose mean is subtracted, at most; thirty do as well."""
 
 _BLOCK = 8192
 """Features that are put into coordinates at once."""
@@ -143,24 +149,54 @@ def compare(
     if more := [n for n in settings.fitted if n > gallery_size]:
         study.note(f"{data}: no Procrustes on {', '.join(map(str, more))} images: its gallery has {gallery_size}")
     fitted = [n for n in settings.fitted if n <= gallery_size]
-    chosen = np.random.default_rng(settings.seed).permutation(gallery_size)[: max(fitted, default=0)]
-    examples = [normalize(t.features("train", device)[0][torch.from_numpy(chosen)]) for t in trainings]
+    chosen = np.random.default_rng(settings.seed).permutation(gallery_size)[: max(CENTRED, *fitted, 0)]
+    examples = []
+    for training in trainings:
+        x, _ = training.features("train", device)
+        if len(x) != gallery_size:
+            raise UsageError(f"{data}: not every model could read the same images: remove those that are damaged.")
+        examples.append(x[torch.from_numpy(chosen)])
     rows = list(pairings([t.label for t in trainings]))
     found: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
     for g, gallery in enumerate(trainings):
         x, y = gallery.features("train", device)
-        if len(y) != gallery_size:
-            raise UsageError(f"{data}: not every model could read the same images: remove those that are damaged.")
         for q in dict.fromkeys(q for _, _, pairs in rows for q, of in pairs if of == g):
-            query, (x_q, y_q) = trainings[q], trainings[q].features("test", device)
-            native = [("features", x_q, x)] if x_q.shape[1] == x.shape[1] else []
-            spaces = [*native, ("coordinates", query.placed(x_q, gallery), gallery.placed(x, query))]
-            turns = [(n, procrustes(examples[q][:n], examples[g][:n])) for n in (fitted if q != g else ())]
-            spaces += [(f"Procrustes {n}", normalize(x_q) @ turn, x) for n, turn in turns]
-            found[q, g] = {space: ranked(indexed, y, asked, y_q) for space, asked, indexed in spaces}
+            x_q, y_q = trainings[q].features("test", device)
+            asked = placements(trainings[q], gallery, x_q, examples[q], fitted if q != g else ())
+            indexed = placements(gallery, trainings[q], x, examples[g], fitted if q != g else ())
+            found[q, g] = {}
+            for (space, by, few_q), (_, of, few) in zip(asked, indexed, strict=True):
+                if few_q is not None and few is not None:
+                    by = by @ procrustes(few_q, few)
+                if by.shape[1] == of.shape[1]:
+                    found[q, g][space] = ranked(of, y, by, y_q)
     pairs = [_row(labels, pairs, found) for *labels, pairs in rows]
     queries = found[0, 0]["coordinates"]["queries"]
     return {"gallery": gallery_size, "queries": queries, "pairs": pairs, "compatibility": compatibility(pairs)}
+
+
+def placements(
+    mine: Training, other: Training, features: Tensor, examples: Tensor, fitted: Sequence[int]
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Features in every space that they are compared with another training's in, one after the other.
+
+    Args:
+        mine: Whose features these are.
+        other: Whose they are compared with.
+        features: Shape [n, d].
+        examples: Features of images that both have embedded, [m, d].
+        fitted: Numbers of them that Procrustes is fitted on.
+
+    Yields:
+        The space, the vectors there and, where they are still to be turned, those to fit a rotation on.
+    """
+    yield "features", features, None
+    vectors, few = (normalize(mine.placed(x, other)) for x in (features, examples[:CENTRED]))
+    yield "coordinates", vectors, None
+    yield "centred", vectors - few.mean(0), None
+    vectors, few = normalize(features), normalize(examples)
+    for n in fitted:
+        yield f"Procrustes {n}", vectors - few[:n].mean(0), few[:n] - few[:n].mean(0)
 
 
 def pairings(labels: Sequence[str]) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
@@ -224,8 +260,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     for data, found in results["retrieval"].items():
         pairs = found["pairs"]
         updates = [p for p in pairs if "difference" in p]
-        spaces = list(dict.fromkeys(space for p in pairs[::-1] for space in p["spaces"]))
-        spaces.sort(key=lambda s: (s.startswith("Procrustes"), len(s), s))
+        turned = {space for p in pairs for space in p["spaces"]}.difference(UNTURNED)
+        spaces = [*UNTURNED, *sorted(turned, key=lambda space: int(space.split()[1]))]
         lines += [f"## {data}: {found['queries']} queries in a gallery of {found['gallery']} images", ""]
         for metric in METRICS:
             lines += [row([f"{metric}, %", *spaces]), "|" + "---|" * (len(spaces) + 1)]
@@ -254,13 +290,14 @@ DEFINITIONS = (
     "",
     "Features: as the classifier receives them, where both models have one width. Coordinates: where an image lies in "
     "the frame's span, see `timm_etf.embed`; for a simplex these are the centred logits, and those are taken of "
-    "ordinary classifiers, too. Procrustes n: features after the rotation that fits best on n images of the gallery "
-    "embedded by both models (no labels); its gallery holds features.",
+    f"ordinary classifiers, too. Centred: less each model's own mean on {CENTRED} images of the gallery (no labels). "
+    "Procrustes n: features, centred, after the rotation that fits best on n images of the gallery embedded by both "
+    "models (no labels); its gallery holds features.",
     "",
     "M(q, g) is the recall@1 of queries by q in a gallery by g. An update from g to q is compatible if M(q, g) > M(g, "
     "g) in the same gallery; average compatibility is the share of compatible ones among the updates from a label to a "
     "later one, in the order of the command line. Update gain: (M(q, g) - M(g, g)) / (M(q, q) - M(g, g)), where M(q, "
-    f"q) is of features, what embedding the gallery again would give; only where that is {LEAST_GAIN} points or more.",
+    "q) is of features, what embedding the gallery again would give; only where that is a point or more.",
 )
 """What the report means by its words."""
 
