@@ -16,6 +16,7 @@ __all__ = [
     "UsageError",
     "coverage",
     "create_model",
+    "embed",
     "fix_classifier",
     "frames",
     "free_classifier",
@@ -27,6 +28,7 @@ if TYPE_CHECKING or PurePath(next(iter(sys.argv), "")).stem != "timm-etf":
     from timm_etf import variants as variants
     from timm_etf.classifier import fix_classifier, free_classifier
     from timm_etf.coverage import coverage
+    from timm_etf.embedding import embed
     from timm_etf.errors import UsageError
     from timm_etf.growing import grow_classifier
     from timm_etf.heads import FixedClassifier

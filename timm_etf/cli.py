@@ -20,6 +20,7 @@ VERBS = {
     "transfer": "tell whether one backbone transfers better than another",
     "geometry": "how collapsed features are, and their class covariance",
     "random-features": "regression on random features of a model's features, beside its theory",
+    "retrieval": "what an index made by one model is worth to another",
     "data": "build images for machines that have none",
     "publish": "publish a run on the Hugging Face Hub",
     "run": "run timm's train.py or any script, with the variants registered",
@@ -94,7 +95,7 @@ def _settings(verb: str) -> Any:
     return {"demo": demo, "models": models, "data": data, "publish": publish}[verb]
 
 
-_STUDIES = ("geometry", "random-features")
+_STUDIES = ("geometry", "random-features", "retrieval")
 
 
 def _module(verb: str) -> Any:

@@ -43,7 +43,8 @@ class Head(nn.Module):
         self.projector_kind = projector
         self.projector = None if projector is None else _projector(projector, in_features, weight)
 
-    def _features(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Tensor:
+        """What meets the weight: the features behind the projector, divided by their norm where that is asked."""
         if self.projector is not None:
             x = self.projector(x)
         # The smallest norm is one that float16 can hold, so that a feature of zeros gives zeros there too.
@@ -136,7 +137,7 @@ class FixedClassifier(Head):
         # The learned factor goes into the weight and not into the features, so that an export, whose weight holds it,
         # gives the same logits to the last bit.
         weight = self.weight if self.logit_scale is None else self.weight * self.logit_scale
-        return self._product(self._features(x), weight)
+        return self._product(self.prepared(x), weight)
 
     @property
     def scale(self) -> float:
@@ -277,7 +278,7 @@ class LearnedClassifier(Head):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the features `x`."""
         weight = F.normalize(self.weight, dim=1) if self.feature_norm else self.weight
-        return self._product(self._features(x) * self.scale, weight)
+        return self._product(self.prepared(x) * self.scale, weight)
 
     @torch.no_grad()
     def plain_weight(self) -> Tensor:

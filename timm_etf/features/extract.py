@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from timm_etf.atomic import atomic_file, write_json
 from timm_etf.data.images import Images
+from timm_etf.embedding import weights_hash
 from timm_etf.errors import UsageError, first_line
 from timm_etf.processes import any_problem, processes
 
@@ -71,16 +72,6 @@ class Layers:
         count = len(model.feature_info)  # type: ignore[arg-type]
         chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(self.depths, count))})
         return [f"{i + 1} of {count}" for i in chosen] + [PRE_LOGITS], chosen
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over the names and values of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        data = value.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def identity(model: nn.Module, weights: str | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures: class covariance side by side, and test error of random features over their number."""
+"""Pictures: class covariance side by side, test error of random features over their number, who finds whom."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
@@ -113,3 +113,58 @@ def random_features(data: str, models: Mapping[str, Sequence[Sequence[Mapping[st
         )
         figure.suptitle(f"{data}: random-feature regression on pre-logits", fontsize=10)
         return save(figure, out / f"random-features-{data}.png")
+
+
+def retrieval(data: str, pairs: Sequence[Mapping[str, Any]], out: Path) -> str:
+    """recall@1 of every pair of labels in features and in coordinates, and over the images Procrustes is fitted on.
+
+    Args:
+        data: Name of the data set.
+        pairs: What was found for every pair of labels, see `studies.retrieval`. A label with itself shows queries to
+            the same model.
+        out: Folder of the picture.
+
+    Returns:
+        The picture's file name.
+    """
+    labels = list(dict.fromkeys(p["queries"] for p in pairs))
+    recall = [{space: float(np.mean(v["recall@1"])) for space, v in p["spaces"].items()} for p in pairs]
+    side = 1.6 + 0.7 * len(labels)
+    with rc_context(STYLE):
+        figure: Any = Figure(figsize=(3 * side + 5.5, side + 1.4), layout="constrained")
+        *matrices, curve = figure.subplots(1, 4, width_ratios=[side, side, side, 5])
+        for axis, space in zip(matrices, ("features", "coordinates", "centred"), strict=True):
+            values = np.full((len(labels), len(labels)), np.nan)
+            for p, found in zip(pairs, recall, strict=True):
+                place = labels.index(p["queries"]), labels.index(p["gallery"])
+                if place[0] != place[1] or "difference" not in p:
+                    values[place] = found.get(space, np.nan)
+            axis.imshow(values, cmap="Blues", vmin=0, vmax=130)
+            for place, value in np.ndenumerate(values):
+                axis.text(place[1], place[0], "-" if np.isnan(value) else f"{value:.1f}", ha="center", va="center")
+            axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+            axis.set_yticks(range(len(labels)), labels)
+            axis.set(title="coordinates, centred" if space == "centred" else space, xlabel="gallery", ylabel="queries")
+        fits = sorted({int(space.split()[1]) for found in recall for space in found if space.startswith("Procrustes")})
+        names = ["features", *(f"Procrustes {n}" for n in fits)]
+        updates = [(p, found) for p, found in zip(pairs, recall, strict=True) if "difference" in p]
+        for (p, found), colour in zip(updates, cycle(COLOURS), strict=False):
+            other = "another " if p["queries"] == p["gallery"] else ""
+            curve.plot(
+                [found.get(name, np.nan) for name in names],
+                "o-",
+                color=colour,
+                markersize=3.5,
+                label=f"{p['queries']} in {other}{p['gallery']}",
+            )
+            curve.axhline(found["centred"], color=colour, ls="--", lw=1)
+        curve.set_xticks(range(len(names)), ["0", *map(str, fits)])
+        curve.set(
+            title="Procrustes (points), centred coordinates (dashed)", xlabel="images fitted on", ylabel="recall@1, %"
+        )
+        curve.set_ylim(0, 105)
+        curve.grid(alpha=0.3)
+        if updates:
+            curve.legend(frameon=False, fontsize=8)
+        figure.suptitle(f"{data}: what queries of one model find in the gallery of another", fontsize=10)
+        return save(figure, out / f"retrieval-{data}.png")

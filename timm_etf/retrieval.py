@@ -1,0 +1,110 @@
+"""Who finds whom: rankings of a gallery by cosine, in bounded memory, and the rotation between two spaces."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from timm_etf.errors import UsageError
+
+__all__ = ["METRICS", "procrustes", "ranked"]
+
+METRICS = ("recall@1", "recall@5", "mAP")
+
+_SIMILARITIES = 1 << 23
+"""Similarities held at once, with an 8-byte number beside each."""
+
+
+def ranked(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[str, float]:
+    r"""How well queries find the gallery's images of their class, by cosine.
+
+    recall@k is the share of queries with an image of their class among the k nearest; mAP the mean over queries of
+
+    .. math:: \mathrm{AP} = \frac1P \sum_{p} \frac{\#\{p' : s_{p'} \ge s_p\}}{\#\{i : s_i \ge s_p\}},
+
+    p over the P images of the query's class, i over the gallery, s the similarities. Where images of other classes tie
+    with one of the query's class they count as nearer (as in scikit-learn's `average_precision_score`), so that the
+    order of the gallery does not matter and a space in which everything is alike finds nothing.
+
+    Memory is that of the vectors and of one block of similarities, whatever their number. The queries of a class are
+    ranked together, so that its images are one slice of the gallery; similarities are counted between those of that
+    slice, which are sorted, and the rest never is.
+
+    Args:
+        gallery: Vectors of any length but 0, [n, D].
+        gallery_labels: Their class numbers, [n].
+        queries: Vectors, [m, D].
+        query_labels: Their class numbers, [m]. Queries without an image of their class are left out.
+
+    Returns:
+        `METRICS` in percent, and `queries`, the number of those that were ranked.
+
+    Raises:
+        UsageError: If no query has an image of its class in the gallery.
+
+    Example:
+        >>> gallery, queries = torch.tensor([[1.0, 0], [1, 1], [0, 1]]), torch.tensor([[3.0, 1], [1, 2]])
+        >>> ranked(gallery, torch.tensor([0, 1, 0]), queries, torch.tensor([0, 0]))
+        {'recall@1': 50.0, 'recall@5': 100.0, 'mAP': 70.83333333333333, 'queries': 2}
+    """
+    order = gallery_labels.argsort(stable=True)
+    gallery_ND, sizes = gallery[order], gallery_labels.bincount(minlength=int(query_labels.max()) + 1)
+    normalize(gallery_ND, out=gallery_ND)
+    ends = sizes.cumsum(0).tolist()
+    totals = torch.zeros(len(METRICS), dtype=torch.float64)
+    count = 0
+    for label in query_labels.unique().tolist():
+        end, size = ends[label], int(sizes[label])
+        if not size:
+            continue
+        of_class = normalize(queries[query_labels == label])
+        for block_BD in of_class.split(max(1, _SIMILARITIES // len(gallery_ND))):
+            nearer, precisions = _ranks(block_BD @ gallery_ND.T, slice(end - size, end))
+            found = [(nearer < 1).sum(), (nearer < 5).sum(), precisions.sum()]
+            totals += torch.stack([f.double().cpu() for f in found])
+            count += len(block_BD)
+    if not count:
+        raise UsageError("No query has an image of its class in the gallery: give both the same classes.")
+    return dict(zip(METRICS, (100 * totals / count).tolist(), strict=True)) | {"queries": count}
+
+
+def _ranks(similarities_BN: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+    """By query: images of other classes at least as near as the nearest of its own, [B]; average precision, [B]."""
+    own_BP = similarities_BN[:, own].sort(dim=1).values
+    places_BN = torch.searchsorted(own_BP, similarities_BN.contiguous(), right=True)  # how many of the class are as far
+    counts = own_BP.new_zeros(len(own_BP), own_BP.shape[1] + 1, dtype=torch.int64)
+    counts.scatter_add_(1, places_BN, torch.ones_like(places_BN[:1, :1]).expand_as(places_BN))
+    at_least_BP = counts.flip(1).cumsum(1).flip(1)[:, 1:]  # of all images, how many are as near
+    own_at_least_BP = own_BP.shape[1] - torch.searchsorted(own_BP, own_BP)
+    precisions_BP = own_at_least_BP.double() / at_least_BP
+    return at_least_BP[:, -1] - own_at_least_BP[:, -1], precisions_BP.mean(1)
+
+
+def procrustes(source: Tensor, target: Tensor) -> Tensor:
+    r"""The rotation that takes vectors of one space nearest to their partners in another.
+
+    .. math:: R = \mathrm{polar}(X^\top Y) = \arg\min_{R} \| X R - Y \|_F
+
+    over all isometries between the directions that X and Y determine. With fewer pairs than dimensions the rest is not
+    determined, and R drops it: turned at random it would only add noise.
+
+    Args:
+        source: Vectors X, [n, D].
+        target: Their partners Y, [n, E].
+
+    Returns:
+        R, [D, E], for `vectors @ R`.
+
+    Source:
+        Schönemann 1966, Psychometrika 31, 1.
+
+    Example:
+        >>> x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> turn = torch.linalg.qr(torch.tensor([[1.0, 2, 0], [0, 1, 1], [1, 0, 3]]).double()).Q
+        >>> torch.allclose(procrustes(x, x @ turn), turn)
+        True
+    """
+    # Through n x n matrices, because few pairs are common, and a decomposition of D x E takes seconds at D = 2,048.
+    (x_DM, within_MN), (y_EM, within_other_MN) = (torch.linalg.qr(v.double().T) for v in (source, target))
+    left, singular, right = torch.linalg.svd(within_MN @ within_other_MN.T, full_matrices=False)
+    rank = int((singular > singular[0] * 1e-7 * max(source.shape)).sum())
+    return ((x_DM @ left[:, :rank]) @ (y_EM @ right[:rank].T).T).to(source.dtype)
