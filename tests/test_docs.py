@@ -152,7 +152,7 @@ def test_geometry() -> None:
         assert cells == [found[metric][label] for label in ("learned", "etf", "sw")], metric
     share = [float(found["within_share"][la].split()[0]) for la in ("learned", "etf")]
     assert 0 < 1 - share[1] / share[0] < 1 / 50
-    assert "by less than one part in fifty" in words(README)
+    assert "by less than one part in fifty" in words(RESULTS)
 
 
 def test_random_features() -> None:
