@@ -233,7 +233,8 @@ def _row(
     old = {s: [found[g, g][s if s in found[g, g] else "features"][MAIN] for _, g in pairs] for s in spaces}
     difference = {s: (np.array(spaces[s][MAIN]) - old[s]).tolist() for s in spaces}
     to_gain = {s: np.mean([found[q, q]["features"][MAIN] for q, _ in pairs]) - np.mean(old[s]) for s in spaces}
-    gain = {s: float(np.mean(difference[s]) / to_gain[s]) if to_gain[s] >= LEAST_GAIN else None for s in spaces}
+    gains = {s for s in spaces if labels[0] != labels[1] and to_gain[s] >= LEAST_GAIN}
+    gain = {s: float(np.mean(difference[s]) / to_gain[s]) if s in gains else None for s in spaces}
     return {**about, "difference": difference, "update_gain": gain}
 
 
