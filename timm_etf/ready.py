@@ -46,6 +46,14 @@ class Start:
         except Exception as e:  # pickle, safetensors and torch each have their own kinds
             raise UsageError(f"Cannot start from {weights} ({first_line(e).rstrip('.')}): get it again.") from e
 
+    @property
+    def taken(self) -> list[str]:
+        """Names of the classes that have the first vectors of a classifier with reserved ones; empty for any other."""
+        heads = fixed_classifiers(self.model) if self.model else ()
+        taken = next((head.taken for _, head in heads if head.taken is not None), 0)
+        cfg: Any = getattr(self.model, "pretrained_cfg", {})
+        return list(cfg.get("label_names") or ())[:taken]
+
     def data_config(self, in_chans: int) -> dict[str, Any]:
         """How the weights want their images of `in_chans` channels, as far as it is known."""
         cfg: Any = getattr(self.model, "pretrained_cfg", {})

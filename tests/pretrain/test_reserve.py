@@ -1,6 +1,7 @@
 """Vectors that a run reserves for classes to come."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import timm_etf
 from tests.pretrain.runs import config, lines
 from timm_etf import UsageError, frames
 from timm_etf.geometry import ClassMoments, collapse
+from timm_etf.pretrain.data import open_task
 from timm_etf.pretrain.loop import pretrain
 
 
@@ -51,6 +53,29 @@ def test_reserved_classes_count_nowhere_and_are_exported(images: Path, tmp_path:
     again = timm_etf.create_model(f"local-dir:{tmp_path / 'more' / 'export'}", pretrained=True)
     assert torch.equal(again.fc.weight, net.fc.weight)
     assert again.fc.taken == 5
+
+
+def test_a_run_goes_on_with_more_classes_on_the_reserved_vectors(images: Path, tmp_path: Path) -> None:
+    pretrain(config(images, tmp_path / "old", reserve=3))
+    export = f"local-dir:{tmp_path / 'old' / 'export'}"
+    # A class that comes first by name, and one of the old ones without further images.
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    for split in ("train", "validation"):
+        (data / split / "class2").rename(data / split / "aardvark")
+    settings = {"init": export, "keep_classifier": True, "reserve": 2}
+    pretrain(config(data, tmp_path / "new", **settings))
+    found = json.loads((tmp_path / "new" / "export" / "config.json").read_text())
+    assert found["label_names"] == [*(f"class{k}" for k in range(5)), "aardvark", "reserved 1", "reserved 2"]
+    old, new = (timm_etf.create_model(f"local-dir:{tmp_path / n / 'export'}", pretrained=True) for n in ("old", "new"))
+    assert torch.equal(new.fc.weight, old.fc.weight)
+    assert (old.fc.taken, new.fc.taken) == (5, 6)
+    task = open_task(config(data, tmp_path / "x", **settings), first=[f"class{k}" for k in range(5)])
+    for split in (task.train, task.val):
+        labels = {Path(path).parent.name: label for path, label in split.reader.samples}
+        assert labels == {"class0": 0, "class1": 1, "class3": 3, "class4": 4, "aardvark": 5}
+    with pytest.raises(UsageError, match="needs the same classes for --keep-classifier"):
+        pretrain(config(data, tmp_path / "more", **settings | {"reserve": 3}))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,12 +50,13 @@ class Task:
     """Hash of the names of the images that are held out, where a folder without splits was divided."""
 
 
-def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
+def open_task(config: PretrainConfig, answers: int | None = None, first: Sequence[str] = ()) -> Task:
     """Open both splits and check that they make a classification task.
 
     Args:
         config: The run's settings.
         answers: Number of classes of a teacher, whose answers take the place of the images' own classes.
+        first: Classes that have the first numbers, as they had before, whether there are images of them or not.
 
     Raises:
         UsageError: If a split is missing or empty, has fewer than two classes, or validates on classes that are not
@@ -65,6 +66,9 @@ def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
         return _open_unlabelled(config, answers)
     train = _open(config, config.train_split, is_training=True)
     val = _open(config, config.val_split, is_training=False)
+    if first:
+        numbers = {name: i for i, name in enumerate(dict.fromkeys([*first, *map(str, _class_to_idx(train))]))}
+        train = _open(config, config.train_split, is_training=True, class_map=numbers)
     train_classes, val_classes = _class_to_idx(train), _class_to_idx(val)
     if train_classes and val_classes and train_classes != val_classes:
         unknown = sorted(set(val_classes) - set(train_classes))
@@ -89,15 +93,15 @@ def open_task(config: PretrainConfig, answers: int | None = None) -> Task:
     return Task(train, val, num_classes + config.reserve, [str(n) for n in names] if names else None)
 
 
-def open_on_all(config: PretrainConfig, answers: int | None = None) -> Task:
+def open_on_all(config: PretrainConfig, *more: Any) -> Task:
     """`open_task` on every process. The main one alone lists a folder, which takes a network disk minutes.
 
     Raises:
         UsageError: As `open_task`, on every process; or if one does not see the folder.
     """
     if config.dataset != "folder":
-        return open_task(config, answers)
-    task = from_first(lambda: open_task(config, answers))
+        return open_task(config, *more)
+    task = from_first(lambda: open_task(config, *more))
     missing = "" if os.path.exists(str(config.data_dir)) else f"No data at {config.data_dir} on {platform.node()}"
     if problem := any_problem(missing):
         raise UsageError(f"{problem}: every machine needs it there.")

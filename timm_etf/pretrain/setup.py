@@ -132,7 +132,8 @@ def setup(config: PretrainConfig) -> Run:
     accelerator = _accelerator(config)
     start = _start(config)
     taught = teacher(config.distill, in_chans=config.in_chans, **img_size_argument(config)) if config.distill else None
-    task = data.open_on_all(config, getattr(taught, "num_classes", None))
+    first = start.taken if start and config.keep_classifier else []
+    task = data.open_on_all(config, getattr(taught, "num_classes", None), first)
     names = taught.pretrained_cfg.get("label_names") if taught else task.class_names
     tree = data.class_tree(config, names)
     settings = checkpoint.fingerprint(config, task.num_classes, accelerator.num_processes, task.held_out)
