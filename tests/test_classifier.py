@@ -144,7 +144,11 @@ def test_scripts(name: str, options: dict[str, object]) -> None:
         assert torch.equal(torch.load(saved, weights_only=False)(x), net(x))
 
 
-@pytest.mark.parametrize("options", VARIETY, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, marks=pytest.mark.slow) if o.get("frame") == "learned" else o for o in VARIETY],
+    ids=str,
+)
 def test_compiles_as_one_graph(options: dict[str, object]) -> None:
     net = fix_classifier(model(), **options).train()
     plain, compiled = copy.deepcopy(net), torch.compile(net, backend="aot_eager", fullgraph=True)

@@ -28,7 +28,8 @@ def test_quantize_dynamic() -> None:
             quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
             assert type(quantised.head).__module__.startswith("torch.ao") == (kind is nn.Module)
             assert isinstance(quantised.head, kind)
-            torch.testing.assert_close(quantised(images), expected, atol=0.1, rtol=0)
+            # eight bits in every other layer, too: nearly the same answer, whatever the weights happen to be
+            assert torch.cosine_similarity(quantised(images), expected).min() > 0.95
 
 
 def test_counted_operations() -> None:
