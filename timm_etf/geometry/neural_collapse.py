@@ -66,11 +66,14 @@ def collapse(moments: ClassMoments, weight: Tensor | None = None) -> dict[str, f
     }
     if k < 2:
         return dict.fromkeys(RATIOS, float("nan")) | about | {"effective_rank_between": 0.0}
-    # S_B = A'A with A of K rows: its axes come from a K x D matrix, and no D x D matrix is inverted for nc1.
-    a_KD = share.sqrt()[:, None] * (m_KD - share @ m_KD)
-    _, s, axes = torch.linalg.svd(a_KD, full_matrices=False)
     # K centred means span K - 1 directions, and they are exact to the features' size times eps, not to their own.
-    size = (trace_w + float(share @ m_KD.square().sum(1))) ** 0.5
+    size = (trace_w + float(share @ torch.linalg.vector_norm(m_KD, dim=1).square())) ** 0.5
+    # S_B = A'A with A of K rows, or its triangle where they are many: its axes come from that, and no D x D matrix is
+    # inverted for nc1.
+    a_KD = (m_KD - share @ m_KD).mul_(share.sqrt()[:, None])
+    if k > d:
+        a_KD = torch.linalg.qr(a_KD, mode="r").R
+    _, s, axes = torch.linalg.svd(a_KD, full_matrices=False)
     eps = torch.finfo(torch.float64).eps
     rank = min(int((s > max(n, d) * eps * size).sum()), k - 1)
     about["effective_rank_between"] = effective_rank(s[:rank].square())
@@ -85,7 +88,7 @@ def collapse(moments: ClassMoments, weight: Tensor | None = None) -> dict[str, f
         values, vectors = torch.linalg.eigh(total)
         keep = values > values[-1] * max(n, d) * eps
         explained = ((a_KD @ vectors[:, keep]).square().sum(0) / values[keep]).sum() / rank
-    simplex = m_KD - m_KD.mean(0)
+    simplex = m_KD.sub_(m_KD.mean(0))  # a copy of the moments' means
     found = {
         "nc1": float((((axes @ s_w) * axes).sum(1) / s.square()).sum() / k),
         "nc1_quotient": trace_w / float(s.square().sum()),
@@ -94,7 +97,7 @@ def collapse(moments: ClassMoments, weight: Tensor | None = None) -> dict[str, f
     }
     if weight is not None:
         w_KD = weight.detach().to(m_KD)[occurs]
-        cosine = (simplex * w_KD).sum() / torch.linalg.matrix_norm(simplex) / torch.linalg.matrix_norm(w_KD)
+        cosine = torch.vdot(simplex.flatten(), w_KD.flatten()) / simplex.norm() / w_KD.norm()
         found["nc3"] = float(2 - 2 * cosine)
     return found | about
 
@@ -119,16 +122,17 @@ def effective_rank(values: Tensor) -> float:
 def _over_pairs(m_KD: Tensor, v_K: Tensor) -> dict[str, float]:
     """What is a mean over pairs of classes, from centred class means; a block of the K x K pairs at a time."""
     k, norms = len(m_KD), torch.linalg.vector_norm(m_KD, dim=1)
+    block = max(1, _PAIRS // k)
     unit = m_KD / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
-    mean = (unit.sum(0).square().sum() - unit.square().sum()) / (k * (k - 1))
+    mean = (unit.sum(0).square().sum() - torch.linalg.vector_norm(unit).square()) / (k * (k - 1))
     spread = simplex = cdnv = 0.0
-    for at in range(0, k, _BLOCK):
-        cosine = unit[at : at + _BLOCK] @ unit.T
+    for at in range(0, k, block):
+        cosine = unit[at : at + block] @ unit.T
         squared, gap = (cosine - mean).square_(), (cosine + 1 / (k - 1)).abs_()
-        gram = m_KD[at : at + _BLOCK] @ m_KD.T
-        distance = (norms[at : at + _BLOCK, None].square() + norms.square() - 2 * gram).clamp_(min=0)
+        gram = m_KD[at : at + block] @ m_KD.T
+        distance = (norms[at : at + block, None].square() + norms.square() - 2 * gram).clamp_(min=0)
         # Two equal means of two points are no pair apart: 0 / 0 counts as infinite, too.
-        ratio = ((v_K[at : at + _BLOCK, None] + v_K) / 2 / distance).nan_to_num_(nan=float("inf"), posinf=float("inf"))
+        ratio = ((v_K[at : at + block, None] + v_K) / 2 / distance).nan_to_num_(nan=float("inf"), posinf=float("inf"))
         for values in (squared, gap, ratio):
             values.diagonal(at).zero_()  # a class is no pair with itself
         spread, simplex, cdnv = spread + float(squared.sum()), simplex + float(gap.sum()), cdnv + float(ratio.sum())
@@ -141,4 +145,5 @@ def _over_pairs(m_KD: Tensor, v_K: Tensor) -> dict[str, float]:
     }
 
 
-_BLOCK = 1024
+_PAIRS = 2**23
+"""Pairs of classes at once, of which half a dozen numbers are held."""
