@@ -100,6 +100,17 @@ cli.main()
     assert_same(tmp_path / "run", two)
 
 
+def refused(images: Path, out: Path, more: list[tuple[object, ...]]) -> list[commands.Command]:
+    """Two processes that both end with the status of a refusal, neither waiting for the other."""
+    ranks = commands.start_ranks(2, *arguments(images, out), more=more)
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [2, 2]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return ranks
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -108,14 +119,9 @@ cli.main()
     ],
 )
 def test_what_one_process_cannot_open_stops_all(
-    images: Path, tmp_path: Path, more: list[tuple[str, ...]], says: str
+    images: Path, tmp_path: Path, more: list[tuple[object, ...]], says: str
 ) -> None:
-    ranks = commands.start_ranks(2, *arguments(images, tmp_path / "run"), more=more)
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [2, 2]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    ranks = refused(images, tmp_path / "run", more)
     assert re.match(says, ranks[0].stderr.splitlines()[-1])
     assert not (tmp_path / "run").exists()
 
@@ -163,13 +169,7 @@ def test_a_process_that_sees_no_checkpoint_stops_all(images: Path, two: Path, tm
 
 
 def test_different_frames_are_refused(images: Path, tmp_path: Path) -> None:
-    more = [("--frame-seed", 0), ("--frame-seed", 1)]
-    ranks = commands.start_ranks(2, *arguments(images, tmp_path / "run"), more=more)
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [2, 2]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    ranks = refused(images, tmp_path / "run", [("--frame-seed", 0), ("--frame-seed", 1)])
     assert ranks[0].stderr.splitlines()[-1] == (
         "error: The processes have computed different frames: install the same versions of torch and timm_etf on all "
         "machines."

@@ -60,7 +60,8 @@ class Distances:
             if processes().is_main_process:
                 self.found[model_name, name] = self._between(folders, [self.source, splits.train])
         except Exception as e:
-            self.study.missing[f"{model_name}: {name}, distance"] = one_line(e)
+            title = self.study.title(model_name) if isinstance(model_name, int) else model_name
+            self.study.missing[f"{title}: {name}, distance"] = one_line(e)
 
     def measure_neutral(self) -> None:
         """Every target under the neutral model, where one was given."""
