@@ -125,11 +125,11 @@ def main(out: Path) -> None:
     """Write both."""
     findings = Findings(json.loads((out / "results.json").read_text(encoding="utf-8")))
     lines = ["# Loss, head and projector", ""]
-    titles = {"headline": "Targets that nothing was chosen by", "choice": "Targets that arms may be chosen by"}
+    titles = {"headline": "Targets that nothing was tuned on", "choice": "Targets that arms may be chosen by"}
     for half, title in titles.items():
         lines += [f"## {title}", "", ", ".join(findings.settings[half]), "", *findings.table(half), ""]
     lines += [f"Differences are from {findings.reference}, over the seeds that both have, with 95 % t intervals.", ""]
-    lines += ["## The recipe", "", "On the targets that nothing was chosen by.", "", *findings.recipe_less("headline")]
+    lines += ["## The recipe", "", "On the targets that nothing was tuned on.", "", *findings.recipe_less("headline")]
     lines += ["", "## Geometry", "", "Of the source's validation images, before any projector; means over trainings."]
     lines += ["", *findings.geometry()]
     lines += [
