@@ -1,9 +1,11 @@
-"""Frames, heads and collapse metrics with 1,000, 21,843 (ImageNet-21k) and 100,000 classes.
+"""Frames, heads, collapse metrics and a probe with 1,000, 21,843 (ImageNet-21k) and 100,000 classes.
 
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.many_classes
+    OMP_NUM_THREADS=2 python -m tests.benchmarks.many_classes
 
 Every row of frames and metrics is from a process of its own, in its CPU seconds; the memory is its peak over what it
 held before. A frame is made twice: computed, into a cache that was empty, and by another process, from that cache.
+The probe (`probe SAMPLES WIDTH CLASSES STRENGTHS`, a row that is asked for) takes hours with all of its 45 strengths
+and as much memory with the strongest few; its peak is that of the process.
 """
 
 import argparse
@@ -15,12 +17,15 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
 
 from tests.benchmarks import head_cost
 from timm_etf import frames
+from timm_etf.features.extract import Features
 from timm_etf.geometry.moments import ClassMoments
 from timm_etf.geometry.neural_collapse import collapse
+from timm_etf.transfer import probe as probing
 
 FRAMES = ((1000, 512), (1000, 2048), (21843, 512), (21843, 2048), (100000, 512))
 HEADS = ((256, 512, 1000), (256, 512, 21843), (256, 2048, 21843), (256, 512, 100000))
@@ -58,6 +63,26 @@ def metrics(num_classes: int, dim: int) -> str:
     return f"{statistics.median(milliseconds[-ROUNDS:]):.0f} | {seconds:.1f} | {more:.0f}"
 
 
+def probe(samples: int, dim: int, num_classes: int, strengths: int) -> str:
+    """Seconds, CPU seconds, peak memory and accuracy of a linear probe that tries the strongest few strengths."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((num_classes, dim), np.float32)
+    names = tuple(map(str, range(num_classes)))
+
+    def features(count: int) -> Features:
+        x, y = rng.standard_normal((count, dim), np.float32), np.arange(count) % num_classes
+        for part in range(0, count, 8192):
+            x[part : part + 8192] = 12 * x[part : part + 8192] + centres[y[part : part + 8192]]
+        return Features(x, y, names)
+
+    train, test = features(samples), features(10 * num_classes)
+    probing.STRENGTHS = probing.STRENGTHS[-strengths:]
+    started, used = time.perf_counter(), time.process_time()
+    accuracy = 100 * probing.linear_probe(train, test).correct.mean()
+    seconds, used = time.perf_counter() - started, time.process_time() - used
+    return f"{seconds:.0f} | {used:.0f} | {peak() / 2**20:.0f} | {accuracy:.1f}"
+
+
 def in_process(what: str, num_classes: int, dim: int, cache: str) -> str:
     """What a function above returns in a new process."""
     command = [sys.executable, "-m", "tests.benchmarks.many_classes", what, str(num_classes), str(dim)]
@@ -67,9 +92,9 @@ def in_process(what: str, num_classes: int, dim: int, cache: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", nargs="*", help="one row alone: frame or metrics, classes, width")
+    parser.add_argument("row", nargs="*", help="one row alone: frame or metrics, classes, width; or probe")
     if row := parser.parse_args().row:
-        print({"frame": frame, "metrics": metrics}[row[0]](int(row[1]), int(row[2])))
+        print({"frame": frame, "metrics": metrics, "probe": probe}[row[0]](*map(int, row[1:])))
         return
     with tempfile.TemporaryDirectory() as cache:
         print("| classes, width | frame | computed, s | peak MiB | from the cache, s | peak MiB |")

@@ -218,7 +218,7 @@ def refuse_linked_folders(paths: Sequence[str]) -> None:
         UsageError: Naming the two folders.
     """
     real: dict[str, str] = {}
-    for folder in dict.fromkeys(map(os.path.dirname, paths)):
+    for folder in dict.fromkeys(path.rpartition(os.sep)[0] for path in paths):
         first = real.setdefault(os.path.realpath(folder), folder)
         if first != folder:
             raise UsageError(f"{folder} and {first} are one folder, whose images would count twice: remove the link.")
