@@ -147,6 +147,7 @@ def test_licences_name_every_family_and_package(root: Path, name: str) -> None:
         assert f"{package} {version}" in text
 
 
+@pytest.mark.slow  # a killed build, below, is compared with the same folder
 def test_two_processes_write_the_same_bytes(copies: tuple[Path, Path]) -> None:
     first, second = (files(root) for root in copies)
     assert first.keys() == second.keys()
