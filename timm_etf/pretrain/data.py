@@ -29,8 +29,8 @@ from timm_etf.processes import any_problem
 from timm_etf.ready import from_first
 
 ALL_CHECKED, SAMPLE_CHECKED = 20_000, 5000
-"""Images decoded before training starts: all of so small a set, or an even sample of a larger one, in which what spoilt one
-image of a thousand is found 99 times of 100."""
+"""Images decoded before training starts: all of so small a set, or an even sample of a larger one, which finds what has
+spoilt one image of a thousand 99 times of 100."""
 
 MOST_HELD_OUT = 5000
 """Images of a folder without splits that are held out for validation; a tenth, if that is fewer."""
