@@ -125,7 +125,7 @@ class Paper:
         scale, jobs = self.scale, self.jobs()
         trainings = [job for job in jobs if job.arguments[0] == "pretrain"]
         left = sum(not job.done for job in trainings)
-        tunings = len(trainings) * len(scale.near + scale.far) * 7
+        tunings = len(trainings) * len(scale.near + scale.far) * 6
         steps = int(scale.transfer.split("--finetune-steps ")[1].split()[0])
         hours = [left * scale.images / self.options.rate / 3600, tunings * steps * 64 / self.options.rate / 3600]
         return (

@@ -227,7 +227,6 @@ def test_nothing_at_all(models: Path, images: Path, tmp_path: Path) -> None:
 def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Three trainings instead of seven.
     monkeypatch.setattr("timm_etf.transfer.fine_tuning.LEARNING_RATES", (0.003, 0.03))
-    monkeypatch.setattr("timm_etf.transfer.fine_tuning.WEIGHT_DECAYS", (1e-5,))
     write_images(tmp_path / "bars", "train", 24)
     write_images(tmp_path / "bars", "validation", 7)
     chosen = settings(
@@ -246,7 +245,7 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path, monkeypatch
         (accuracy,) = report.accuracies(label, target, "finetune")
         assert accuracy > 60  # by chance 20
     result = report.runs("fixed", "bars", "finetune")[0][0]
-    assert set(result.chosen) == {"lr", "weight_decay"}
+    assert set(result.chosen) == {"lr"}
     assert "60 steps of 16 images" in result.treatment
     assert not (tmp_path / "features").exists()
     before = times(tmp_path)
@@ -259,7 +258,6 @@ def test_a_kept_model_is_the_one_that_was_scored(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:
     monkeypatch.setattr("timm_etf.transfer.fine_tuning.LEARNING_RATES", (0.03,))
-    monkeypatch.setattr("timm_etf.transfer.fine_tuning.WEIGHT_DECAYS", (1e-5,))
     for split in ("train", "validation", "test"):
         write_images(tmp_path / "bars", split, 7)
     options = {"models": (f"fixed=local-dir:{models}/fixed0",), "protocols": ("finetune",), "seeds": 1}

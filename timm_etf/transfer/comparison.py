@@ -12,7 +12,7 @@ from timm_etf.data.catalogue import Target
 from timm_etf.features.candidates import Candidate
 from timm_etf.report.statistics import in_quadrature, log_odds, percentiles, t_interval
 from timm_etf.transfer.distance import rank_correlation
-from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAYS
+from timm_etf.transfer.fine_tuning import LEARNING_RATES
 from timm_etf.transfer.neighbours import NEIGHBOURS, TEMPERATURES
 from timm_etf.transfer.probe import STRENGTHS
 from timm_etf.transfer.result import Result, resampled, sample_weights
@@ -24,7 +24,6 @@ GRIDS: dict[str, Sequence[float]] = {
     "k": NEIGHBOURS,
     "temperature": TEMPERATURES,
     "lr": LEARNING_RATES,
-    "weight_decay": WEIGHT_DECAYS,
 }
 """What each hyper-parameter in `Result.chosen` was chosen from."""
 
