@@ -269,6 +269,7 @@ def test_one_training_has_no_interval(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # eleven commands, each of which imports torch
 def test_a_toy_from_one_command(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, name in enumerate(("kanji", "armenian", "mnist-5k")):
         write_images(tmp_path / name, "train", 6 + number)
