@@ -1,10 +1,7 @@
 """The recipes and launch scripts in examples/."""
 
-import argparse
-import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,9 +17,6 @@ from tests.pretrain.runs import config, lines
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.loop import pretrain
 from timm_etf.pretrain.recipe import with_recipe
-from timm_etf.studies.geometry import Settings as Geometry
-from timm_etf.studies.random_features import Settings as RandomFeatures
-from timm_etf.transfer.run import Settings as Transfer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "imagenet").glob("*.yaml"))
@@ -154,39 +148,3 @@ def test_the_slurm_script_needs_a_folder() -> None:
     done = subprocess.run(["bash", str(SLURM), "--model", "resnet50_etf"], capture_output=True, text=True)
     assert done.returncode != 0
     assert "give --out RUN" in done.stderr
-
-
-PAPER = runpy.run_path(str(EXAMPLES / "paper" / "paper.py"))
-
-
-@pytest.mark.parametrize("scale", PAPER["SCALES"])
-def test_the_papers_commands_are_complete(tmp_path: Path, scale: str) -> None:
-    options = argparse.Namespace(data_root=tmp_path, data_dir=tmp_path / "data", workers=0, pretrain=[], rate=100.0)
-    paper = PAPER["Paper"](tmp_path / "out", PAPER["SCALES"][scale], options)
-    settings = {"transfer": Transfer, "geometry": Geometry, "random-features": RandomFeatures}
-    jobs = paper.jobs()
-    for job in jobs:
-        verb, *arguments = [*job.arguments, "--out", str(job.out)]
-        (parsed(*arguments) if verb == "pretrain" else tyro.cli(settings[verb], args=arguments)).check()
-    assert len(jobs) == {"small": 9 + 3, "full": 18 + 6}[scale]
-    assert f"{len(jobs) // 4 * 3} trainings" in paper.plan()
-    (tmp_path / "out" / "pretrain").mkdir(parents=True)
-    for job in jobs[:2]:
-        job.out.mkdir()
-        (job.out / "results.json").write_text("{}")
-    assert f"{len(jobs) // 4 * 3 - 2} of them left" in paper.plan()
-
-
-def test_the_papers_table_has_every_target_and_both_groups(tmp_path: Path) -> None:
-    paper = PAPER["Paper"](tmp_path, PAPER["SCALES"]["small"], argparse.Namespace(data_root=tmp_path, data_dir=None))
-    targets = {
-        t: {"models": {"learned": {"accuracy": 50.0}, "SW": {"accuracy": 51.0}, "fixed": {"accuracy": 52.0 + i}}}
-        for i, t in enumerate((*paper.scale.near, *paper.scale.far))
-    }
-    (tmp_path / "transfer" / "resnet10t").mkdir(parents=True)
-    results = {"protocols": {"finetune": {"targets": targets}}}
-    (tmp_path / "transfer" / "resnet10t" / "results.json").write_text(json.dumps(results))
-    table = paper.table()
-    assert "| kanji | 50.0 | 51.0 | 54.0 |" in table
-    assert "| **mean of near** | 50.0 | 51.0 | 52.5 |" in table
-    assert "| **mean of far** | 50.0 | 51.0 | 55.0 |" in table

@@ -38,7 +38,7 @@ def test_names_suites_folders_and_ids(images: Path, tmp_path: Path) -> None:
     ("specs", "message"),
     [
         (["cifar11"], "No target 'cifar11': neither a folder, nor owner/name on the Hub, nor one of offline"),
-        (["cifar10,labels=x"], "a target has no 'labels'; it has config, group, hflip, image"),
+        (["cifar10,labels=x"], "a target has no 'labels'; it has bins, config, group, hflip, image"),
         (["cifar10,metric=f1"], "the metric is one of top1, mean_per_class"),
         (["cifar10", "a/cifar10"], "Two targets are called 'cifar10'"),
         (["/nowhere/at/all"], "No target '/nowhere/at/all'"),

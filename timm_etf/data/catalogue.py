@@ -1,11 +1,12 @@
 """Named transfer targets: where they are, which splits count, and how their accuracy is reported.
 
 Splits and metrics follow Kornblith et al. 2019 (arXiv 1805.08974, table 1): mean per-class accuracy where classes
-are of uneven size, top-1 elsewhere.
+are of uneven size, top-1 elsewhere; those of `vtab-1k` Zhai et al. 2019 (arXiv 1910.04867): 1,000 images to fit and
+choose on, top-1. `checked` has what public sources say of each.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from timm_etf.data.build import offline
 from timm_etf.data.build.letters_and_digits import NAMES as EMBEDDED
@@ -30,6 +31,8 @@ class Target:
         metric: `top1` or `mean_per_class`.
         hflip: Whether a mirrored image is still of its class, for fine-tuning.
         group: Group of targets that a report also gives the mean of, such as `near` or `far`.
+        train_images: So many images to fit and choose on, drawn once; 0 for all.
+        bins: So many classes that labels in an order, numbered from 0, are joined into; 0 leaves them.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Target:
     metric: Metric = "top1"
     hflip: bool = True
     group: str = ""
+    train_images: int = 0
+    bins: int = 0
 
 
 HUB = {
@@ -53,6 +58,7 @@ HUB = {
         Target("stl10", "tanganke/stl10"),
         Target("flowers102", "dpdl-benchmark/oxford_flowers102", validation="validation", metric="mean_per_class"),
         Target("cars", "tanganke/stanford_cars"),
+        # Its column `label` has the 70 families.
         Target("aircraft", "Donghyun99/FGVC-Aircraft", validation="val", label="variation", metric="mean_per_class"),
         Target("pets", "timm/oxford-iiit-pet", metric="mean_per_class"),
         Target("dtd", "tanganke/dtd"),
@@ -64,7 +70,54 @@ HUB = {
     )
 }
 """Targets on the Hub. A column or split that a repository has renamed since is given with the target, such as
-`aircraft,label=variant`."""
+`cars,label=NAME`."""
 
-SUITES = {"offline": tuple(offline.TARGETS), "embedded": EMBEDDED, "hub": tuple(HUB)}
+_NATURAL = ("caltech101", "cifar100", "dtd", "flowers102", "pets")
+
+
+def _vtab(name: str, location: str, group: str, **more: Any) -> Target:
+    return Target(f"vtab-{name}", location, group=group, train_images=1000, **more)
+
+
+def _shards(name: str, folder: str, group: str, **more: Any) -> Target:
+    """A task that CLIP_benchmark has converted, with VTAB's own training and test images."""
+    return _vtab(name, f"clip-benchmark/wds_vtab-{folder}", group, image="webp", label="cls", **more)
+
+
+VTAB = {
+    t.name: t
+    for t in (
+        *(
+            replace(HUB[n], name=f"vtab-{n}", metric="top1", group="natural", train_images=1000)  # the rest as above
+            for n in _NATURAL
+        ),
+        _vtab("svhn", "ufldl-stanford/svhn", "natural", config="cropped_digits", hflip=False),
+        _vtab("sun397", "dpdl-benchmark/sun397", "natural", validation="validation"),
+        _shards("patch-camelyon", "pcam", "specialised"),
+        _shards("eurosat", "eurosat", "specialised"),
+        _shards("resisc45", "resisc45", "specialised"),
+        _shards("diabetic-retinopathy", "diabetic_retinopathy", "specialised"),
+        _shards("clevr-count", "clevr_count_all", "structured"),
+        _shards("clevr-distance", "clevr_closest_object_distance", "structured"),
+        _shards("dmlab", "dmlab", "structured"),
+        _shards("dsprites-location", "dsprites_label_x_position", "structured", bins=16, hflip=False),
+        _shards("dsprites-orientation", "dsprites_label_orientation", "structured", bins=16, hflip=False),
+        _shards("smallnorb-azimuth", "smallnorb_label_azimuth", "structured", hflip=False),
+        _shards("smallnorb-elevation", "smallnorb_label_elevation", "structured"),
+    )
+}
+"""Tasks of VTAB-1k. The repositories do not say which 1,000 images VTAB takes, so others are drawn."""
+
+NOWHERE = {
+    "vtab-kitti-distance": "no repository with its training images is known: give a folder of them, labelled as "
+    "task_adaptation's kitti.py labels closest_vehicle_distance, as FOLDER,name=vtab-kitti-distance,train_images=1000"
+}
+"""Tasks of VTAB-1k that no data set was found for, and what helps."""
+
+SUITES = {
+    "offline": tuple(offline.TARGETS),
+    "embedded": EMBEDDED,
+    "hub": tuple(HUB),
+    "vtab-1k": (*VTAB, *NOWHERE),
+}
 """Targets that one word stands for; those of `offline` and `embedded` are built by `timm-etf data build`."""

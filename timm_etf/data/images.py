@@ -15,7 +15,8 @@ from PIL import Image
 
 from timm_etf import specs
 from timm_etf.data import torchvision_sets
-from timm_etf.data.catalogue import HUB, METRICS, SUITES, Target
+from timm_etf.data.catalogue import HUB, METRICS, NOWHERE, SUITES, VTAB, Target
+from timm_etf.data.drawing import draw
 from timm_etf.errors import UsageError, first_line
 
 
@@ -30,6 +31,7 @@ class Images:
         fingerprint: Changes when the images or labels may have changed.
         source: Paths of image files, a `datasets.Dataset` of encoded images, or a `torchvision_sets.Source`.
         column: Column of the images in a data set.
+        rows: Places in `source`, int64 of shape [n]; None for all of them in order.
     """
 
     name: str
@@ -38,25 +40,37 @@ class Images:
     fingerprint: str
     source: Any
     column: str = ""
+    rows: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int, mode: str) -> Image.Image:
         """Decode an image, as "RGB" or "L"; raises whatever its decoder raises."""
+        row = self._row(index)
         if isinstance(self.source, torchvision_sets.Source):
-            return self.source[index].convert(mode)
+            return self.source[row].convert(mode)
         if not self.column:
-            with Image.open(self.source[index]) as image:
+            with Image.open(self.source[row]) as image:
                 return image.convert(mode)
-        item = self.source[index][self.column]
+        item = self.source[row][self.column]
         with Image.open(BytesIO(item["bytes"]) if item["bytes"] else item["path"]) as image:
             return image.convert(mode)
 
     def where(self, index: int) -> str:
         """How a message names an image."""
+        row = self._row(index)
         is_row = self.column or isinstance(self.source, torchvision_sets.Source)
-        return f"row {index} of {self.name}" if is_row else str(self.source[index])
+        return f"row {row} of {self.name}" if is_row else str(self.source[row])
+
+    def take(self, rows: NDArray[np.int64]) -> "Images":
+        """Those images alone, in that order."""
+        fingerprint = hashlib.sha256(self.fingerprint.encode() + rows.tobytes()).hexdigest()
+        places = rows if self.rows is None else self.rows[rows]
+        return replace(self, labels=self.labels[rows], fingerprint=fingerprint, rows=places)
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
 
 
 @dataclass(frozen=True)
@@ -96,8 +110,9 @@ def find_targets(texts: Sequence[str], data_root: Path) -> tuple[list[Target], d
         for name in names:
             target = _find(name, data_root)
             if target is None:
-                suite = next(s for s in ("offline", "embedded") if name in SUITES[s])
-                missing[name] = f"not built in {data_root}: timm-etf data build {suite} --root {data_root}"
+                suite = next((s for s in ("offline", "embedded") if name in SUITES[s]), "")
+                build = f"not built in {data_root}: timm-etf data build {suite} --root {data_root}"
+                missing[name] = NOWHERE.get(name, build)
             else:
                 target = replace(target, **changes)
                 targets += [target] if target not in targets else []
@@ -118,14 +133,21 @@ def _changes(spec: str, arguments: dict[str, str]) -> dict[str, Any]:
         changes["hflip"] = specs.value(changes["hflip"])
         if changes["hflip"] not in (True, False):
             raise UsageError(f"{spec!r}: hflip is yes or no.")
+    for number, least in (("train_images", 5), ("bins", 2)):
+        if number in changes:
+            if not changes[number].isdecimal() or int(changes[number]) < least:
+                raise UsageError(f"{spec!r}: {number} is a whole number, at least {least}.")
+            changes[number] = int(changes[number])
     return changes
 
 
 def _find(name: str, data_root: Path) -> Target | None:
     if name.startswith(torchvision_sets.PREFIX):
         return torchvision_sets.find(name.removeprefix(torchvision_sets.PREFIX), data_root)
-    if name in HUB:
-        return HUB[name]
+    if name in NOWHERE:
+        return None
+    if found := HUB.get(name) or VTAB.get(name):
+        return found
     if name in SUITES["offline"] + SUITES["embedded"]:
         folder = data_root / name
         return Target(name, str(folder), hflip=False) if (folder / "dataset.json").exists() else None
@@ -141,7 +163,8 @@ def open_splits(target: Target) -> Splits:
     """Open a target's splits and number their classes alike, by name.
 
     Raises:
-        UsageError: If a split, column or label is missing, a test class has no training images, or there is one class.
+        UsageError: If a split, column or label is missing, a test class has no training images, there is one class, or
+            `bins` or `train_images` ask for more than there is.
     """
     is_folder = (Path(target.location) / target.train).is_dir()
     target = _with_a_test_split(target) if is_folder else target
@@ -161,7 +184,36 @@ def open_splits(target: Target) -> Splits:
         raise UsageError(f"{train.name} has images of one class only; a transfer target needs at least two.")
     aligned = [None if s is None else _renumber(s, train) for s in (validation, test)]
     assert aligned[1] is not None
-    return Splits(target, train, aligned[0], aligned[1])
+    splits = Splits(target, train, aligned[0], aligned[1])
+    splits = _joined(splits) if target.bins else splits
+    return _drawn(splits) if target.train_images else splits
+
+
+def _joined(splits: Splits) -> Splits:
+    """With so many classes as `bins`, each of neighbours of the target's own."""
+    bins, count = splits.target.bins, len(splits.train.class_names)
+    if not 2 <= bins <= count:
+        raise UsageError(f"{splits.target.name} has {count} classes: bins is from 2 to that.")
+
+    def join(split: Images) -> Images:
+        fingerprint = hashlib.sha256(f"{split.fingerprint} {bins}".encode()).hexdigest()
+        names = tuple(map(str, range(bins)))
+        return replace(split, labels=split.labels * bins // count, class_names=names, fingerprint=fingerprint)
+
+    validation = splits.validation and join(splits.validation)
+    return replace(splits, train=join(splits.train), validation=validation, test=join(splits.test))
+
+
+def _drawn(splits: Splits) -> Splits:
+    """With `train_images` images: four fifths to fit on, and the rest, of the validation split if any, to choose by."""
+    target, train, count = splits.target, splits.train, splits.target.train_images
+    try:
+        fitted = draw(train.labels, count - count // 5, every_class=True)
+        others = train.take(np.setdiff1d(np.arange(len(train)), fitted))
+        choosing = others if splits.validation is None else splits.validation
+        return replace(splits, train=train.take(fitted), validation=choosing.take(draw(choosing.labels, count // 5)))
+    except UsageError as e:
+        raise UsageError(f"{target.name}: {e}.") from None
 
 
 def _with_a_test_split(target: Target) -> Target:

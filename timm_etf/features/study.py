@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from timm_etf.data.checked import otherwise
 from timm_etf.data.images import Splits, find_targets, open_splits
 from timm_etf.errors import UsageError, one_line
 from timm_etf.features.candidates import Loaded, parse_models
@@ -213,6 +214,8 @@ class Study:
                 self.missing[target.name] = problem
                 continue
             self.opened[target.name] = splits
+            if remark := otherwise(target, len(splits.train.class_names), len(splits.test)):
+                self.note(remark)
             if splits.target.test != target.test:
                 self.note(f"{target.name}: scored on its {splits.target.test} split, as it has no {target.test} split")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class Settings(Inputs):
 
     data: tuple[str, ...]
     """Data sets, as the targets of timm-etf transfer."""
+    picture_of: Literal["train", "test"] = "train"
+    """Split whose class covariance is drawn."""
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def run(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     covariances: dict[str, dict[str, tuple[NDArray[np.float32], float]]] = {}
     for pair in study.pairs():
-        splits, covariance = measure(pair)
+        splits, covariance = measure(pair, settings.picture_of)
         if "nc3" in splits["train"] and not pair.model.pretrained_cfg.get("label_names"):  # type: ignore[union-attr, operator]
             study.note(
                 f"{pair.label} on {pair.data}: the model names no classes; they are taken to be the data's, in order"
@@ -83,12 +85,14 @@ def run(settings: Settings) -> dict[str, Any]:
         covariances.setdefault(pair.data, {}).setdefault(pair.label, covariance)
     results = {"geometry": found, **study.record()}
     if processes().is_main_process:
-        write(settings.out, results, as_markdown(results), partial(_draw, covariances))
+        write(settings.out, results, as_markdown(results), partial(_draw, covariances, settings.picture_of))
     return results
 
 
-def measure(pair: Pair) -> tuple[dict[str, dict[str, float]], tuple[NDArray[np.float32], float]]:
-    """Metrics of both splits by name, as far as they are numbers; the training split's class and total variance."""
+def measure(
+    pair: Pair, picture_of: str = "train"
+) -> tuple[dict[str, dict[str, float]], tuple[NDArray[np.float32], float]]:
+    """Metrics of both splits by name, as far as they are numbers; class and total variance of the split to draw."""
     device = exact_device(processes().device)
     head = classifier(pair.model, pair.splits.train.class_names)
     found: dict[str, dict[str, float]] = {}
@@ -102,6 +106,7 @@ def measure(pair: Pair) -> tuple[dict[str, dict[str, float]], tuple[NDArray[np.f
             moments = metric.moments()
         if split == "train":
             trained = moments
+        if split == picture_of:
             covariance = class_covariance(moments).float().cpu().numpy(), total_variance(moments)
         within = float(moments.spread.sum() / moments.count.sum())
         found[split] = collapse(moments, weight if weight is not None and weight.shape[1] == dim else None)
@@ -169,11 +174,13 @@ def _differences(pair: Pair) -> dict[str, float]:
     }
 
 
-def _draw(found: Mapping[str, Any], out: Path) -> dict[str, str]:
+def _draw(found: Mapping[str, Any], split: str, out: Path) -> dict[str, str]:
     from timm_etf.studies import plots
 
+    of = "" if split == "train" else f" of {split} images"
     return {
-        plots.covariance(data, by_label, out): "Class covariance and its spectrum" for data, by_label in found.items()
+        plots.covariance(data, by_label, out, of): f"Class covariance{of} and its spectrum"
+        for data, by_label in found.items()
     }
 
 

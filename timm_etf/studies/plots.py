@@ -18,7 +18,7 @@ from timm_etf.report.style import COLOURS, STYLE, save
 Matrices = Mapping[str, NDArray[np.float32]]
 
 
-def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]], out: Path) -> str:
+def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]], out: Path, of: str = "") -> str:
     """Heat maps of the average class covariance of every model on one colour scale, and their spectra.
 
     The first row is as the features are; the second in units of the features' total variance, because a model with
@@ -28,6 +28,7 @@ def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]
         data: Name of the data set.
         models: Class covariance [D, D] and total variance, by label.
         out: Folder of the picture.
+        of: What the title says it is of, beside the data set.
 
     Returns:
         The picture's file name.
@@ -46,7 +47,7 @@ def covariance(data: str, models: Mapping[str, tuple[NDArray[np.float32], float]
         figure.colorbar(image, ax=relative[:count], shrink=0.8, pad=0.01)
         relative[0].set_ylabel("C / total variance")
         _spectra(relative[count], in_units, "eigenvalues of C / total variance")
-        figure.suptitle(f"{data}: average class covariance, dimensions in order of their variance", fontsize=10)
+        figure.suptitle(f"{data}: average class covariance{of}, dimensions in order of their variance", fontsize=10)
         return save(figure, out / f"covariance-{data}.png")
 
 

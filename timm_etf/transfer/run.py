@@ -51,8 +51,8 @@ class Settings(Inputs):
     """
 
     targets: tuple[str, ...]
-    """Names (cifar10, ...), suites (offline, embedded, hub), folders of images or parquet files, or Hub data set ids.
-    Each may have fields behind it, as in DATA,train=train_mini,metric=mean_per_class."""
+    """Names (cifar10, ...), suites (offline, embedded, hub, vtab-1k), folders of images or parquet files, or ids of the
+    Hub. Each may have fields behind it, as in DATA,train=train_mini,metric=mean_per_class or DATA,train_images=1000."""
     protocols: tuple[Protocol, ...] = ("probe", "knn", "fewshot")
     """How to measure."""
     seeds: int = 3

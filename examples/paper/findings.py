@@ -1,0 +1,245 @@
+"""Read what paper.py has measured; write results.json, table1.md and claim.md: python examples/paper/findings.py OUT.
+
+Every number is of the results.json that the commands wrote. Repetitions are trainings, paired by their seed: a mean is
+over them, and its interval is 95 %, t.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from timm_etf import specs
+from timm_etf.atomic import write_text
+from timm_etf.report import results
+from timm_etf.report.statistics import t_interval
+
+Summary = dict[str, Any]
+"""`mean`, its `interval` (None for one training) and `by_training`."""
+
+COVARIANCE = {"within": 1.0, "within_share": 100.0, "nc1": 1.0, "cdnv": 1.0}
+"""What is said of features within classes, and in which unit: (1/p) tr C; % of the total variance; NC1; CDNV."""
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Of one value for each training."""
+    interval = t_interval(values)
+    return {"mean": mean(values), "interval": interval and list(interval), "by_training": list(values)}
+
+
+class Findings:
+    """What was measured of one architecture: targets that every method has its trainings on."""
+
+    def __init__(self, out: Path, architecture: str) -> None:
+        self.out, self.architecture = out, architecture
+        self.transfer = _read(out / "transfer" / architecture)
+        self.reference = self.transfer["reference"]
+        self.accuracies = accuracies(self.transfer)
+        self.others = [label for label in next(iter(self.accuracies.values())) if label != self.reference]
+        named = dict(specs.split(spec) for spec in self.transfer["settings"]["targets"])
+        groups = {Path(name).name: fields.get("group", "") for name, fields in named.items()}
+        self.groups = {target: groups[target] for target in self.accuracies}
+
+    def group(self, name: str) -> list[str]:
+        """Targets of a group, or `all`."""
+        return [target for target, group in self.groups.items() if name in ("all", group)]
+
+    def gain(self, label: str, targets: Sequence[str]) -> list[float]:
+        """A method's accuracy less the reference's, in points, as a mean over targets, by training."""
+        ours, theirs = (np.mean([self.accuracies[t][la] for t in targets], axis=0) for la in (label, self.reference))
+        return (ours - theirs).tolist()
+
+    def distances(self, kind: str) -> dict[str, float]:
+        """Of targets, as a mean over the methods' models; Fréchet's as logarithms, so that its units cancel."""
+        by_model = [of for label, of in self.transfer["distance"]["by_model"].items() if label != "neutral"]
+        found = {t: [of[t][kind] for of in by_model] for t in self.groups}
+        there = {t: values for t, values in found.items() if None not in values}
+        return {t: float(np.mean(np.log10(v) if kind == "frechet" else v)) for t, v in there.items()}
+
+    def slope(self, label: str, kind: str) -> list[float]:
+        """Points by which the gain changes over one unit of distance, least squares over targets, by training."""
+        distance = self.distances(kind)
+        gains = np.array([self.gain(label, [target]) for target in distance])
+        return np.polyfit(list(distance.values()), gains, 1)[0].tolist()
+
+    def covariance(self) -> dict[str, Any]:
+        """Of the test images' features, before and after transfer, by target, label and metric."""
+        return {
+            target: {
+                label: {
+                    metric: self._within(splits["test"], label, metric, unit) for metric, unit in COVARIANCE.items()
+                }
+                for label in splits["test"]
+            }
+            for target, splits in _read(self.out / "figure3" / self.architecture)["geometry"].items()
+        }
+
+    def _within(self, trainings: Mapping[str, Any], label: str, metric: str, unit: float) -> Summary | None:
+        base = f"{self.reference} tuned" if label.endswith(" tuned") else self.reference
+        ours, theirs = ([unit * m[metric] for m in trainings.get(la, ()) if metric in m] for la in (label, base))
+        if not ours:
+            return None
+        paired = len(ours) == len(theirs) and label != base
+        apart = summary([o - t for o, t in zip(ours, theirs, strict=True)]) if paired else None
+        return {**summary(ours), "less_reference": apart}
+
+    def heads(self) -> dict[str, Any]:
+        """Mean accuracy over targets under each classifier of the target, and its difference from the learned one's."""
+        found: dict[str, Any] = {}
+        for path in [self.out / "transfer", *sorted(self.out.glob("heads/*"))]:
+            if not (path / self.architecture / "results.json").exists():
+                continue
+            told = _read(path / self.architecture)
+            measured = accuracies(told)
+            targets = [target for target in self.accuracies if target in measured]
+            for label in (self.reference, *self.others) if targets else ():
+                ours, learned = (np.mean([a[t][label] for t in targets], axis=0) for a in (measured, self.accuracies))
+                of_head = found.setdefault(told["settings"]["finetune_head"], {})
+                of_head[label] = {
+                    "accuracy": summary(ours.tolist()),
+                    "less_learned": summary((ours - learned).tolist()),
+                }
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything that is said."""
+        correlations = self.transfer["distance"]["difference_over_distance"].get("finetune", {})
+        groups = ["all", *dict.fromkeys(self.groups.values())]
+        return {
+            "reference": self.reference,
+            "targets": {
+                target: {
+                    "group": group,
+                    "distance": {kind: self.distances(kind).get(target) for kind in ("proxy_a", "frechet")},
+                    "accuracy": {la: summary(values) for la, values in self.accuracies[target].items()},
+                }
+                for target, group in self.groups.items()
+            },
+            "gain": {
+                label: {name: summary(self.gain(label, self.group(name))) for name in groups} for label in self.others
+            },
+            "slope": {
+                label: {kind: summary(self.slope(label, kind)) for kind in ("proxy_a", "frechet")}
+                | {"rank_correlation": correlations.get(label)}
+                for label in self.others
+            },
+            "covariance_of_test_features": self.covariance(),
+            "target_heads": self.heads(),
+            "missing": self.transfer["missing"],
+        }
+
+
+def accuracies(told: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Fine-tuned accuracy in percent of every training, by target and label, of targets that all labels have."""
+    found = {
+        target: {label: [m["accuracy"] for m in of["by_model"]] for label, of in measured["models"].items()}
+        for target, measured in told["protocols"]["finetune"]["targets"].items()
+    }
+    most = max(map(len, found.values()))
+    return {target: of for target, of in found.items() if len(of) == most}
+
+
+def shown(value: Summary, digits: str = "+.1f") -> str:
+    """A mean with its interval."""
+    low_high = f" ({value['interval'][0]:{digits}} to {value['interval'][1]:{digits}})" if value["interval"] else ""
+    return f"{value['mean']:{digits}}{low_high}"
+
+
+def claim(architecture: str, found: Mapping[str, Any]) -> list[str]:
+    """Three sentences: the gain over distance, the covariance after transfer, and whitening beside it."""
+    reference, methods = found["reference"], list(found["slope"])
+    count = len(found["gain"][methods[0]]["all"]["by_training"])
+    lines = [f"# {architecture}: {count} trainings of each method, {len(found['targets'])} targets", ""]
+    *beside, fixed = methods
+    lines.append(f"1. Gain over distance: {_over_distance(fixed, reference, found)}.")
+    for target, labels in found["covariance_of_test_features"].items():
+        said = [_within(label, reference, labels) for label in (reference, *methods) if f"{label} tuned" in labels]
+        lines.append(f"2. Covariance after transfer, (1/p) tr C of {target}'s test images: {'; '.join(said)}.")
+    lines += [f"3. {label} beside it: {_over_distance(label, reference, found)}." for label in beside]
+    if missing := found["missing"]:
+        name, reason = next(iter(missing.items()))
+        lines += ["", f"{len(missing)} results are missing: {name}: {reason}"]
+    return [*lines, ""]
+
+
+def _within(label: str, reference: str, labels: Mapping[str, Any]) -> str:
+    before, after = labels[label]["within"], labels[f"{label} tuned"]["within"]
+    share = labels[f"{label} tuned"]["within_share"]
+    said = f"{label} {shown(after, '.3g')}, {shown(share, '.1f')} % of the total variance (before {before['mean']:.3g})"
+    return said + (f", less {reference} {shown(after['less_reference'], '+.3g')}" if after["less_reference"] else "")
+
+
+def _over_distance(label: str, reference: str, found: Mapping[str, Any]) -> str:
+    gain, slope = found["gain"][label], found["slope"][label]
+    groups = [f"{shown(of)} on {name} targets" for name, of in gain.items() if name != "all"]
+    said = (
+        f"under fine-tuning {label} less {reference} is {' and '.join(groups)}, in points, and changes by "
+        f"{shown(slope['proxy_a'])} over one unit of proxy A-distance, by {shown(slope['frechet'])} over a tenfold "
+        "Fréchet distance"
+    )
+    rank = slope["rank_correlation"]
+    if rank:
+        low, high = rank["interval"]
+        said += f" (rank correlation {rank['spearman']:+.2f}, {low:+.2f} to {high:+.2f} over targets and trainings)"
+    return said
+
+
+def table(architecture: str, found: Mapping[str, Any]) -> list[str]:
+    """Fine-tuned accuracy as in the paper's Table 1, differences in points; the target's classifiers side by side."""
+    others = list(found["gain"])
+    labels = [found["reference"], *others]
+    apart = [f"{label} - {labels[0]}" for label in others]
+    lines = [f"# {architecture}, fine-tuned accuracy in %", "", f"| target | {' | '.join([*labels, *apart])} |"]
+    lines.append(f"|{'---|' * (1 + len(labels) + len(apart))}")
+    for target, of in found["targets"].items():
+        accuracy = of["accuracy"]
+        pairs = {la: zip(accuracy[la]["by_training"], accuracy[labels[0]]["by_training"], strict=True) for la in others}
+        cells = [f"{accuracy[label]['mean']:.1f}" for label in labels]
+        cells += [shown(summary([ours - theirs for ours, theirs in pairs[label]])) for label in others]
+        lines.append(f"| {target} ({of['group']}) | {' | '.join(cells)} |")
+    for name in dict.fromkeys(of["group"] for of in found["targets"].values()):
+        members = [of["accuracy"] for of in found["targets"].values() if of["group"] == name]
+        cells = [f"{mean(of[label]['mean'] for of in members):.1f}" for label in labels]
+        lines.append(
+            f"| **mean of {name}** | {' | '.join([*cells, *(shown(found['gain'][la][name]) for la in others)])} |"
+        )
+    lines += ["", "## Classifiers of the target, mean over targets", ""]
+    heads = list(found["target_heads"])
+    lines += [f"| pretrained | {' | '.join([*heads, *(f'{h} - {heads[0]}' for h in heads[1:])])} |"]
+    lines += [f"|{'---|' * (2 * len(heads))}"]
+    for label in labels:
+        of_label = [found["target_heads"][head][label] for head in heads]
+        cells = [f"{of['accuracy']['mean']:.1f}" for of in of_label] + [
+            shown(of["less_learned"]) for of in of_label[1:]
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return content
+
+
+def main(out: Path) -> None:
+    """Write all three."""
+    architectures = sorted(path.parent.name for path in out.glob("transfer/*/results.json"))
+    if not architectures:
+        sys.exit(f"No {out}/transfer/*/results.json: paper.py makes them.")
+    if broken := [name for name in architectures if not _read(out / "transfer" / name)["reference"]]:
+        sys.exit(f"{out}/transfer/{broken[0]} has no result of the first method: see its report.md.")
+    found = {name: Findings(out, name).as_json() for name in architectures}
+    results.write(out / "results.json", found)
+    note = ["Intervals are 95 %, t over trainings, where nothing else is said.", ""]
+    write_text(out / "claim.md", "\n".join([*(line for name in found for line in claim(name, found[name])), *note]))
+    write_text(out / "table1.md", "\n".join([*(line for name in found for line in table(name, found[name])), *note]))
+    print(f"table:    {out / 'table1.md'}\nclaim:    {out / 'claim.md'}")
+    print(f"pictures: {out}/figure2/*, figure3/* and transfer/*/distance.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
