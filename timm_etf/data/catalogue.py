@@ -30,6 +30,7 @@ class Target:
         metric: `top1` or `mean_per_class`.
         hflip: Whether a mirrored image is still of its class, for fine-tuning.
         group: Group of targets that a report also gives the mean of, such as `near` or `far`.
+        tree: File or folder of a tree of its classes, see `timm_etf.frames.ClassTree.read`; empty for none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target:
     metric: Metric = "top1"
     hflip: bool = True
     group: str = ""
+    tree: str = ""
 
 
 HUB = {

@@ -17,6 +17,7 @@ from timm_etf import specs
 from timm_etf.data import torchvision_sets
 from timm_etf.data.catalogue import HUB, METRICS, SUITES, Target
 from timm_etf.errors import UsageError, first_line
+from timm_etf.frames import ClassTree
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Splits:
-    """A target's splits, numbered alike; `validation` is None if the target has none of its own."""
+    """A target's splits, numbered alike; `validation` and `tree` are None if the target has none of its own."""
 
     target: Target
     train: Images
     validation: Images | None
     test: Images
+    tree: ClassTree | None = None
 
     def __iter__(self) -> Any:
         return iter([s for s in (self.train, self.validation, self.test) if s is not None])
@@ -141,7 +143,8 @@ def open_splits(target: Target) -> Splits:
     """Open a target's splits and number their classes alike, by name.
 
     Raises:
-        UsageError: If a split, column or label is missing, a test class has no training images, or there is one class.
+        UsageError: If a split, column or label is missing, a test class has no training images, or there is one class;
+            or if its tree lacks a class.
     """
     is_folder = (Path(target.location) / target.train).is_dir()
     target = _with_a_test_split(target) if is_folder else target
@@ -161,7 +164,8 @@ def open_splits(target: Target) -> Splits:
         raise UsageError(f"{train.name} has images of one class only; a transfer target needs at least two.")
     aligned = [None if s is None else _renumber(s, train) for s in (validation, test)]
     assert aligned[1] is not None
-    return Splits(target, train, aligned[0], aligned[1])
+    tree = ClassTree.read(target.tree, train.class_names) if target.tree else None
+    return Splits(target, train, aligned[0], aligned[1], tree)
 
 
 def _with_a_test_split(target: Target) -> Target:
