@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from timm_etf import FixedClassifier, UsageError, frames
-from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss
+from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss, gram_loss
 
 
 @given(st.integers(1, 9), st.integers(2, 7), st.floats(0.1, 30), st.integers(0, 2**31))
@@ -142,3 +142,53 @@ def test_losses_over_the_batch_keep_their_precision_in_bf16(loss: NTCELoss) -> N
     assert z.grad.isfinite().all()
     loss(z, torch.zeros(4, dtype=torch.int64)).backward()  # nothing to compare with
     assert z.grad.isfinite().all()
+
+
+def gram_by_hand(h: np.ndarray, w: np.ndarray, targets: np.ndarray) -> float:
+    """Cosine by cosine, as the equation is written; `targets` are probabilities."""
+    total = 0.0
+    for i in range(len(h)):
+        for y in range(len(w)):
+            for k in range(len(w)):
+                cosine = h[i] @ w[k] / np.linalg.norm(h[i]) / np.linalg.norm(w[k])
+                wanted = w[y] @ w[k] / np.linalg.norm(w[y]) / np.linalg.norm(w[k])
+                total += targets[i, y] * (cosine - wanted) ** 2
+    return total / len(h)
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(1, 7), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=30)
+def test_the_distance_of_cosines_against_its_equation(batch: int, num_classes: int, dim: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    h, w = generator.standard_normal((batch, dim)), generator.standard_normal((num_classes, dim))
+    y = generator.integers(0, num_classes, batch)
+    features, frame = torch.from_numpy(h).requires_grad_(), torch.from_numpy(w)
+    expected = gram_by_hand(h, w, np.eye(num_classes)[y])
+    assert gram_loss(features, frame, torch.from_numpy(y)).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    mixed = generator.dirichlet(np.ones(num_classes), batch)
+    found = gram_loss(features[..., None, None], frame[..., None, None], torch.from_numpy(mixed))
+    assert found.item() == pytest.approx(gram_by_hand(h, w, mixed), rel=1e-9, abs=1e-9)
+    for targets in (torch.from_numpy(y), torch.from_numpy(mixed)):
+        assert torch.autograd.gradcheck(lambda x, t=targets: gram_loss(x, frame, t), features)
+
+
+def test_cosines_are_those_of_the_tree_where_each_feature_lies_along_its_vector() -> None:
+    tree = frames.ClassTree(("a/x/1", "a/x/2", "a/y", "b/1", "b/2"))
+    w, y = tree.frame(9), torch.arange(5)
+    assert gram_loss(7 * w, 3 * w, y).item() == pytest.approx(0, abs=1e-12)
+    # The nearer two classes are, the less it costs to take one for the other.
+    cost = torch.stack([gram_loss(w[[0]], w, y[[k]]) for k in range(5)])
+    assert (cost[1] < cost[2]).item()
+    assert (cost[2] < cost[3]).item()
+    assert cost[3].item() == pytest.approx(cost[4].item())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gram_loss(w.bfloat16(), w.float(), y).dtype == torch.float32
+
+
+def test_among_the_vectors_of_a_simplex_all_errors_cost_alike() -> None:
+    w = frames.simplex(5, 8)
+    u = nn.functional.normalize(torch.randn(6, 8, dtype=torch.float64), dim=1)
+    y = torch.arange(6) % 5
+    span = torch.linalg.pinv(w) @ w
+    expected = 5 / 4 * ((u - w[y]) @ span).square().sum(1).mean()
+    torch.testing.assert_close(gram_loss(u, w, y), expected)

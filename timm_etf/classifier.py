@@ -367,11 +367,12 @@ def _plain_heads(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def features_into(model: nn.Module) -> Iterator[list[Tensor]]:
+def features_into(model: nn.Module, *, projected: bool = False) -> Iterator[list[Tensor]]:
     """Collect what enters the first classifier, before projector and normalisation: a tensor for each forward pass.
 
     Args:
         model: A timm model, also compiled or wrapped for several processes.
+        projected: Collect what leaves the projector instead, where there is one.
 
     Yields:
         A list that grows while the block runs.
@@ -381,7 +382,11 @@ def features_into(model: nn.Module) -> Iterator[list[Tensor]]:
     plain = extract_model_from_parallel(model, keep_torch_compile=False)
     features: list[Tensor] = []
     head = plain.get_submodule(classifier_names(plain)[0])
-    handle = head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    projector: Any = getattr(head, "projector", None) if projected else None
+    if projector is None:
+        handle = head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    else:
+        handle = projector.register_forward_hook(lambda module, inputs, output: features.append(output))
     try:
         yield features
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_etf.errors import UsageError
 
-__all__ = ["DotRegressionLoss", "FeatureEntropyLoss", "NONLLoss", "NTCELoss", "divergence"]
+__all__ = ["DotRegressionLoss", "FeatureEntropyLoss", "NONLLoss", "NTCELoss", "divergence", "gram_loss"]
 
 
 class DotRegressionLoss(nn.Module):
@@ -210,6 +210,44 @@ class FeatureEntropyLoss(nn.Module):
         # The norm's gradient at distance zero is taken as zero, not as not-a-number.
         distance_B = torch.linalg.vector_norm(z_BD - z_BD[neighbour_B], dim=1)
         return -torch.log(distance_B + self.eps).mean()
+
+
+def gram_loss(features: Tensor, frame: Tensor, targets: Tensor) -> Tensor:
+    r"""Distance of a feature's cosines with all class vectors from those that its own class's vector has.
+
+    .. math:: L = \frac{1}{B} \sum_i \sum_k \big( \cos(h_i, w_k) - S_{y_i k} \big)^2, \qquad S_{jk} = \cos(w_j, w_k)
+
+    Where cosines follow a tree it says how near to every other class a sample belongs, and not only to which. With unit
+    features u and vectors it is :math:`(u - w_y)^\top W^\top W (u - w_y)`: 0 where the feature lies along its vector
+    in the frame's span, and an error between groups costs more than one within a group, as W'W has its largest
+    eigenvalues there. For a simplex all errors cost alike.
+
+    Args:
+        features: What meets the vectors, h, [B, D] or [B, D, 1, 1], of any norm.
+        frame: Class vectors, [K, D] or [K, D, 1, 1], of any norm.
+        targets: Class indices [B], or class probabilities [B, K] as mixup makes them: the loss is then their mean.
+
+    Returns:
+        Scalar, not negative.
+
+    Source:
+        Liang and Davis 2023, Inducing neural collapse to a fixed hierarchy-aware frame (arXiv 2303.05689), where half
+        of it is added to half of the cross-entropy.
+
+    Example:
+        >>> frame = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> gram_loss(torch.tensor([[0.0, 3.0], [9.0, 0.0]]), frame, torch.tensor([1, 0])).item()  # (1 + 1) and 0
+        1.0
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        h_BD, w_KD = (x.flatten(1) if x.dtype == torch.float64 else x.flatten(1).float() for x in (features, frame))
+        h_BD, w_KD = F.normalize(h_BD, dim=1), F.normalize(w_KD, dim=1)
+        own_BD = w_KD[targets] if targets.dim() == 1 else targets.to(w_KD) @ w_KD
+        loss_B = ((h_BD - own_BD) @ w_KD.T).square().sum(1)
+        if targets.dim() > 1:  # the mean of the distances is that from the mean, and how far the classes lie from it
+            square_K = ((w_KD @ (w_KD.T @ w_KD)) * w_KD).sum(1)
+            loss_B = loss_B + targets.to(w_KD) @ square_K - (own_BD @ w_KD.T).square().sum(1)
+        return loss_B.mean()
 
 
 def divergence(logits: Tensor, taught: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import ast
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from timm_etf.errors import UsageError
@@ -74,6 +75,26 @@ def arguments(option: str, items: tuple[str, ...], own: dict[str, str]) -> dict[
             raise UsageError(f"{option} {name} has an option of its own: use {own[name]}.")
         parsed[name] = value(text)
     return parsed
+
+
+def require_ranges(settings: Mapping[str, Any], ranges: Mapping[str, str]) -> None:
+    """Refuse numbers, or tuples of them, outside of the intervals that are written for some of the settings.
+
+    Raises:
+        UsageError: Naming the option and its interval.
+
+    Example:
+        >>> require_ranges({"lr": 0.1, "scale": (0.1, 1.0), "out": "run"}, {"lr": "(0, inf)", "scale": "(0, 1]"})
+    """
+    for name, interval in ranges.items():
+        value = settings[name]
+        values = () if value is None else value if isinstance(value, tuple) else (value,)
+        low, high = map(float, interval[1:-1].split(","))
+        for v in values:
+            above = v >= low if interval[0] == "[" else v > low
+            below = v <= high if interval[-1] == "]" else v < high
+            if not (above and below and math.isfinite(v)):
+                raise UsageError(f"--{name.replace('_', '-')} must be in {interval}, got {v}.")
 
 
 def unknown(what: str, name: str, known: Iterable[str], otherwise: str) -> str:

@@ -159,3 +159,27 @@ def test_what_is_no_classifier_is_refused() -> None:
         frames.nearest(torch.zeros(6))
     with pytest.raises(UsageError, match="at least 2 classes"):
         frames.nearest(torch.zeros(1, 4))
+
+
+@given(st.integers(2, 12), st.integers(1, 8), SEEDS)
+@settings(deadline=None, max_examples=30)
+def test_a_frame_of_means_turns_with_them_and_follows_the_classes(num_classes: int, dim: int, seed: int) -> None:
+    means, q = rows(num_classes, dim, seed), rotation(dim, seed)
+    found = frames.from_means(means)
+    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * num_classes)
+    order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(frames.from_means(3.0 * means @ q + 5.0), found @ q, atol=1e-8, rtol=0)
+    torch.testing.assert_close(frames.from_means(means[order]), found[order], atol=1e-8, rtol=0)
+    if num_classes <= dim + 1:
+        assert frames.is_simplex(found)
+    else:  # each along its own mean, by a loop
+        centre = sum(means) / num_classes
+        expected = [(m - centre) / math.sqrt(sum((m - centre) ** 2)) for m in means]
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_means_that_make_no_frame() -> None:
+    with pytest.raises(UsageError, match="class means are all alike, or one is their mean"):
+        frames.from_means(torch.tensor([[1.0], [0.0], [2.0]]))
+    with pytest.raises(UsageError, match="class means are not finite"):
+        frames.from_means(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))

@@ -11,7 +11,7 @@ from torch import nn
 import timm_etf
 from tests.pretrain.runs import config, lines, weights
 from timm_etf.classifier import features_into
-from timm_etf.losses import FeatureEntropyLoss, NONLLoss, NTCELoss
+from timm_etf.losses import FeatureEntropyLoss, NONLLoss, NTCELoss, gram_loss
 from timm_etf.pretrain import data
 from timm_etf.pretrain.loop import pretrain
 from timm_etf.pretrain.objective import Objective
@@ -52,6 +52,19 @@ def test_dot_regression_takes_the_classifiers_scale() -> None:
     net, loss = objective(kwargs={"feature_norm": True, "logit_scale": 9.0}, loss="dot_regression", smoothing=0.1)
     cosines = net(IMAGES)[range(6), TARGETS] / 9
     torch.testing.assert_close(loss(net, IMAGES, TARGETS), 9 / 2 * (1 - cosines).square().mean())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"projector": "mlp"}, {"feature_norm": True, "logit_scale": 9.0}], ids=str)
+def test_half_of_the_gram_loss_is_cross_entropy(kwargs: dict[str, object]) -> None:
+    net, loss = objective(kwargs=kwargs, loss="gram", smoothing=0.1)
+    features = net.forward_head(net.forward_features(IMAGES), pre_logits=True)
+    expected = (
+        nn.functional.cross_entropy(net(IMAGES), TARGETS)
+        + gram_loss(net.fc.projector(features) if net.fc.projector else features, net.fc.weight, TARGETS)
+    ) / 2
+    torch.testing.assert_close(loss(net, IMAGES, TARGETS), expected)
+    with pytest.raises(timm_etf.UsageError, match="--loss gram needs one fixed classifier"):
+        objective(loss="gram", kwargs={"frame": "learned"})
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"projector": "mlp"}, {"frame": "learned"}], ids=str)

@@ -70,12 +70,46 @@ def test_a_run_goes_on_with_more_classes_on_the_reserved_vectors(images: Path, t
     old, new = (timm_etf.create_model(f"local-dir:{tmp_path / n / 'export'}", pretrained=True) for n in ("old", "new"))
     assert torch.equal(new.fc.weight, old.fc.weight)
     assert (old.fc.taken, new.fc.taken) == (5, 6)
+    by_age(images, data, tmp_path / "new", export)
     task = open_task(config(data, tmp_path / "x", **settings), first=[f"class{k}" for k in range(5)])
     for split in (task.train, task.val):
         labels = {Path(path).parent.name: label for path, label in split.reader.samples}
         assert labels == {"class0": 0, "class1": 1, "class3": 3, "class4": 4, "aardvark": 5}
     with pytest.raises(UsageError, match="needs the same classes for --keep-classifier"):
         pretrain(config(data, tmp_path / "more", **settings | {"reserve": 3}))
+
+
+def by_age(images: Path, data: Path, run: Path, export: str) -> None:
+    """Old and new classes in the run's log, and the nearest class mean of the features it began with, beside it."""
+    names = json.loads((run / "export" / "config.json").read_text())["label_names"]
+    first, last = lines(run)
+    net = timm.create_model(export, pretrained=True).eval()
+    final = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
+
+    def seen(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = {name: i for i, name in enumerate(names)}
+        dataset = timm.data.create_dataset("", root=str(data / split), class_map=numbers)
+        dataset.transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+        x, y = zip(*dataset, strict=True)
+        return torch.stack(x), torch.tensor(y)
+
+    def accuracies(right: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+        old, new = (100 * right[part].double().mean().item() for part in (y < 5, y >= 5))
+        return {"top1_old": old, "top1_new": new, "harmonic": 2 * old * new / (old + new) if old + new else 0.0}
+
+    (x, y), (x_val, y_val) = seen("train"), seen("validation")
+    with torch.no_grad():
+        x, features = (net.forward_head(net.forward_features(i), pre_logits=True).double() for i in (x, x_val))
+        answers = final(x_val)[:, :6].argmax(1)
+    means = torch.stack([x[y == k].mean(0) if k in y else torch.full((x.shape[1],), torch.inf) for k in range(6)])
+    nearest = torch.stack([(features - mean).norm(dim=1) for mean in means], 1).argmin(1)
+    assert first["nearest_mean"] == pytest.approx(accuracies(nearest == y_val, y_val))
+    found = json.loads((run / "results.json").read_text())["source"]
+    assert found["nearest_mean"] == first["nearest_mean"]
+    expected = accuracies(answers == y_val, y_val)
+    for told in (last, found):
+        assert {k: told[k] for k in expected} == pytest.approx(expected)
+    assert found["before"]["top1_new"] == first["top1_new"]
 
 
 @pytest.mark.parametrize(

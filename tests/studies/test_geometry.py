@@ -10,6 +10,8 @@ from tests import commands
 from tests.geometry.test_neural_collapse import by_definition
 from timm_etf import UsageError, fix_classifier
 from timm_etf.features.study import sample
+from timm_etf.frames import ClassTree
+from timm_etf.geometry import of_neighbours, of_rankings
 from timm_etf.studies.geometry import Settings, as_markdown, classifier, run, summary
 from timm_etf.transfer import Target, features_of, open_splits
 
@@ -54,6 +56,24 @@ def test_the_report_has_what_the_features_say(measured: tuple[Path, dict], expor
     assert "![Class covariance and its spectrum](covariance-bars.png)" in report
     assert (out / "covariance-bars.png").read_bytes().startswith(b"\x89PNG")
     assert "bars, fixed: nc1 " in summary(results, out)
+
+
+def test_where_classes_have_a_tree_it_says_who_is_near_whom(exported: Path, images: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree.json"
+    tree.write_text(json.dumps({f"class{k}": "a" if k < 2 else "b/c" for k in range(5)}))
+    results = run(inputs(exported, images, tmp_path / "out", data=(f"{images},name=bars,tree={tree}",)))
+    distance = ClassTree.read(tree, [f"class{k}" for k in range(5)]).distance
+    splits = open_splits(Target("bars", str(images)))
+    net = timm.create_model(f"local-dir:{exported / 'fixed'}", pretrained=True).eval()
+    for split in ("train", "test"):
+        found = features_of(net, getattr(splits, split), workers=0)
+        x, y = torch.from_numpy(found.x), torch.from_numpy(found.y)
+        with torch.no_grad():
+            expected = of_neighbours(x, y, distance) | of_rankings(net.fc(x), y, distance)
+        (got,) = results["geometry"]["bars"][split]["fixed"]
+        expected = {k: v for k, v in expected.items() if not np.isnan(v)}
+        assert {k: got[k] for k in expected} == pytest.approx(expected, rel=1e-4)
+    assert "| mahp | " in as_markdown(results)
 
 
 def test_what_cannot_be_measured_is_named_and_the_rest_goes_on(exported: Path, images: Path, tmp_path: Path) -> None:

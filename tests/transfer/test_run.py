@@ -18,13 +18,15 @@ from PIL import Image
 import timm_etf
 from tests import commands
 from tests.conftest import write_images
-from timm_etf import UsageError, fix_classifier, hub
+from timm_etf import UsageError, fix_classifier, geometry, hub
 from timm_etf.classifier import fixed_classifiers
 from timm_etf.features.candidates import Candidate
 from timm_etf.features.extract import load
+from timm_etf.frames import ClassTree
 from timm_etf.hub.card import own_results
 from timm_etf.studies.geometry import Settings as Geometry
 from timm_etf.studies.geometry import run as run_geometry
+from timm_etf.transfer import Target, features_of, open_splits
 from timm_etf.transfer.run import Settings, run, summary
 
 
@@ -118,6 +120,46 @@ def test_a_comparison_from_nothing_and_again_from_what_is_there(models: Path, im
     run(settings(models, images, tmp_path / "out", seeds=3, depths=2, protocols=("knn", "probe")))
     new = {Path(p).name for p in times(tmp_path / "out").keys() - before.keys()}
     assert new == {f"{p}-seed2.safetensors" for p in ("knn", "probe", "probe-at-depth-1-of-5", "probe-at-depth-5-of-5")}
+
+
+def test_where_classes_have_a_tree_it_says_who_is_near_whom(models: Path, images: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree.tsv"
+    tree.write_text("class0\ta\nclass1\ta\nclass2\tb/c\nclass3\tb/c\nclass4\tb\n")
+    target = f"{images},name=bars,test=validation,tree={tree}"
+    chosen = settings(models, images, tmp_path / "out", targets=(target,), protocols=("probe", "knn", "fewshot"))
+    found = run(chosen).as_json()["protocols"]
+    plain = settings(models, images, tmp_path / "plain", features=tmp_path / "out" / "features")
+    without = run(plain).as_json()["protocols"]
+    distance = ClassTree.read(tree, [f"class{k}" for k in range(5)]).distance
+    for label in ("plain", "fixed"):
+        net = timm.create_model(f"local-dir:{models / label}0", pretrained=True)
+        test = features_of(net, open_splits(Target("bars", str(images), test="validation")).test, workers=0)
+        near = geometry.of_neighbours(torch.from_numpy(test.x), torch.from_numpy(test.y), distance)
+        order = {p: found[p]["targets"]["bars"].get("order", {}).get(label) for p in found}
+        assert order["knn"] == {k: pytest.approx([v, v], rel=1e-4) for k, v in near.items()}
+        assert order["5-shot"] is None
+        (runs,) = found["probe"]["targets"]["bars"]["models"][label]["runs"]
+        assert {p: without[p]["targets"]["bars"]["models"][label]["runs"] for p in without} == {
+            p: found[p]["targets"]["bars"]["models"][label]["runs"] for p in found
+        }
+        probe = order["probe"]
+        assert len(probe) == 7  # there are no 20 classes
+        for accuracy, severity, hd1, hd5 in zip(runs, probe["severity"], probe["hd1"], probe["hd5"], strict=True):
+            assert hd1 == pytest.approx(severity * (1 - accuracy / 100))
+            assert hd5 == pytest.approx(
+                distance[torch.from_numpy(test.y)].mean().item()
+            )  # of all classes, in whatever order
+            assert 1 <= severity <= 3
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("| bars | mAHP@250, how near") == report.count("| bars | severity, mean distance") == 1
+    assert "in its tree" not in (tmp_path / "plain" / "report.md").read_text()
+    # What was filed under one tree is not another's.
+    tree.write_text(tree.read_text().replace("b/c", "b"))
+    again = run(chosen).as_json()["protocols"]["probe"]["targets"]["bars"]["order"]["plain"]
+    assert again["hd5"] != found["probe"]["targets"]["bars"]["order"]["plain"]["hd5"]
+    tree.write_text("class0\ta\n")
+    with pytest.raises(UsageError, match="lacks 4 of 5 classes"):
+        run(chosen)
 
 
 def test_two_processes_share_the_jobs_and_report_once(models: Path, images: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class Target:
         group: Group of targets that a report also gives the mean of, such as `near` or `far`.
         train_images: So many images to fit and choose on, drawn once; 0 for all.
         bins: So many classes that labels in an order, numbered from 0, are joined into; 0 leaves them.
+        tree: File or folder of a tree of its classes, see `timm_etf.frames.ClassTree.read`; empty for none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     group: str = ""
     train_images: int = 0
     bins: int = 0
+    tree: str = ""
 
 
 HUB = {

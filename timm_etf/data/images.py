@@ -18,6 +18,7 @@ from timm_etf.data import torchvision_sets
 from timm_etf.data.catalogue import HUB, METRICS, NOWHERE, SUITES, VTAB, Target
 from timm_etf.data.drawing import draw
 from timm_etf.errors import UsageError, first_line
+from timm_etf.frames import ClassTree
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Splits:
-    """A target's splits, numbered alike; `validation` is None if the target has none of its own."""
+    """A target's splits, numbered alike; `validation` and `tree` are None if the target has none of its own."""
 
     target: Target
     train: Images
     validation: Images | None
     test: Images
+    tree: ClassTree | None = None
 
     def __iter__(self) -> Any:
         return iter([s for s in (self.train, self.validation, self.test) if s is not None])
@@ -163,8 +165,8 @@ def open_splits(target: Target) -> Splits:
     """Open a target's splits and number their classes alike, by name.
 
     Raises:
-        UsageError: If a split, column or label is missing, a test class has no training images, there is one class, or
-            `bins` or `train_images` ask for more than there is.
+        UsageError: If a split, column or label is missing, a test class has no training images, there is one class,
+            `bins` or `train_images` ask for more than there is, or the tree lacks a class.
     """
     is_folder = (Path(target.location) / target.train).is_dir()
     target = _with_a_test_split(target) if is_folder else target
@@ -186,6 +188,8 @@ def open_splits(target: Target) -> Splits:
     assert aligned[1] is not None
     splits = Splits(target, train, aligned[0], aligned[1])
     splits = _joined(splits) if target.bins else splits
+    if target.tree:
+        splits = replace(splits, tree=ClassTree.read(target.tree, splits.train.class_names))
     return _drawn(splits) if target.train_images else splits
 
 

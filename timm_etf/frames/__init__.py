@@ -9,7 +9,8 @@
 `gaussian`, `orthonormal`, `hadamard`, `cube` and `uniform_qr` are controls: what else has been tried as a fixed
 classifier. Every frame is drawn in float64 from a generator of its own, so that the same arguments give the same
 vectors in every process (to rounding, if the number of threads differs), and torch's global random state is never
-touched. `nearest` is the frame closest to a classifier that is there. In those of `hierarchy` and
+touched. `nearest` is the frame closest to a classifier that is there, `from_means` that of a
+backbone's class means. In those of `hierarchy` and
 `from_similarity` cosines follow who is near whom; `ClassTree` reads that from folders and files.
 
 Shape suffixes: `w_KD` is a frame with K vectors of d dimensions, `u_DM` has M orthonormal columns.
@@ -26,7 +27,7 @@ from timm_etf.frames.controls import cube, gaussian, hadamard, orthonormal, unif
 from timm_etf.frames.enlarging import enlarged
 from timm_etf.frames.exact import is_simplex, nearest_simplex, orthoplex, simplex
 from timm_etf.frames.hierarchy import from_similarity, hierarchy
-from timm_etf.frames.nearest import nearest
+from timm_etf.frames.nearest import from_means, nearest
 from timm_etf.frames.trees import ClassTree
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "coherence",
     "cube",
     "enlarged",
+    "from_means",
     "from_similarity",
     "gaussian",
     "hadamard",

@@ -44,19 +44,55 @@ def nearest(rows: Tensor) -> Tensor:
         >>> torch.allclose(nearest(2.5 * w + 7.0), w)
         True
     """
-    if rows.dim() != 2:
-        raise UsageError(f"A classifier's rows have the shape [K, d], got {list(rows.shape)}.")
+    unit_KD = _directions(rows, "classifier's rows")
     num_classes, dim = rows.shape
-    check(num_classes, dim)
+    if num_classes <= dim + 1:
+        return nearest_simplex(centred(rows))
+    best = 0.0 if num_classes <= 2 * dim else coherence(spherical_code(num_classes, dim))
+    return _pushed_apart(unit_KD, best + SLACK)
+
+
+def from_means(class_means: Tensor) -> Tensor:
+    r"""The frame that a backbone's class means make: who is near whom is what it has found.
+
+    Where a simplex fits (K <= d+1) it is the one nearest to the means, which keeps their rotation alone. Beyond that it
+    is their own directions about the global mean,
+
+    .. math:: w_k = (m_k - \bar m) / \| m_k - \bar m \|,
+
+    and classes that are alike stay close: a random code of so many classes puts any two of them side by side.
+
+    Args:
+        class_means: Mean features by class, [K, d] with K >= 2, such as `timm_etf.geometry.ClassMoments.of(x, y).mean`.
+
+    Returns:
+        Unit rows, [K, d], float64, on the device of the means.
+
+    Raises:
+        UsageError: If the means are not a finite matrix, or one is the global mean.
+
+    Example:
+        >>> means = torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]]) + 7.0  # two pairs
+        >>> w = from_means(means)
+        >>> [round(cosine, 2) for cosine in (w @ w.T)[0].tolist()]
+        [1.0, 0.8, -0.8, -1.0]
+    """
+    unit_KD = _directions(class_means, "class means")
+    num_classes, dim = class_means.shape
+    return nearest_simplex(centred(class_means)) if num_classes <= dim + 1 else unit_KD
+
+
+def _directions(rows: Tensor, what: str) -> Tensor:
+    """Unit directions of the rows about their mean, checked to be there."""
+    if rows.dim() != 2:
+        raise UsageError(f"The {what} have the shape [K, d], got {list(rows.shape)}.")
+    check(*rows.shape)
     if not rows.isfinite().all():
-        raise UsageError("The classifier's weights are not finite: its training diverged, or they were damaged.")
+        raise UsageError(f"The {what} are not finite: the training diverged, or they were damaged.")
     centred_KD = centred(rows)
     if not (centred_KD.norm(dim=1) > 0).all():
-        raise UsageError("The classifier's rows are all alike, or some are: it holds no weights to be near to.")
-    if num_classes <= dim + 1:
-        return nearest_simplex(centred_KD)
-    best = 0.0 if num_classes <= 2 * dim else coherence(spherical_code(num_classes, dim))
-    return _pushed_apart(torch.nn.functional.normalize(centred_KD, dim=1), best + SLACK)
+        raise UsageError(f"The {what} are all alike, or one is their mean: they hold no directions to be near to.")
+    return torch.nn.functional.normalize(centred_KD, dim=1)
 
 
 def centred(rows: Tensor) -> Tensor:

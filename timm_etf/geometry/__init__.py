@@ -5,6 +5,8 @@ from timm_etf.geometry.mistakes import (
     average_hierarchical_precision,
     distance_at,
     expected_cost,
+    of_neighbours,
+    of_rankings,
     severity,
     sibling_neighbours,
 )
@@ -23,6 +25,8 @@ __all__ = [
     "effective_rank",
     "expected_cost",
     "merged",
+    "of_neighbours",
+    "of_rankings",
     "random_feature_regression",
     "scaled",
     "severity",

@@ -172,6 +172,42 @@ def sibling_neighbours(features: Tensor, labels: Tensor, distance: Tensor, heigh
     return right / count if count else float("nan")
 
 
+def of_rankings(logits: Tensor, labels: Tensor, distance: Tensor) -> dict[str, float]:
+    """How bad the mistakes of logits are, by name: as they rank the classes, and as the least expected cost does.
+
+    Args:
+        logits: [N, K], before the softmax.
+        labels: Right classes, [N].
+        distance: [K, K].
+
+    Returns:
+        `severity`, `hd1`, `hd5` and `hd20` (as far as there are so many classes); with `crm_` before them those of
+        `expected_cost`, and `crm_top1`, its accuracy from 0 to 1.
+
+    Raises:
+        UsageError: If the shapes do not fit.
+
+    Example:
+        >>> distance = torch.tensor([[0.0, 1.0, 3.0], [1.0, 0.0, 3.0], [3.0, 3.0, 0.0]])
+        >>> of_rankings(torch.tensor([[0.30, 0.30, 0.40]]).log(), torch.tensor([0]), distance)
+        {'severity': 3.0, 'hd1': 3.0, 'crm_severity': nan, 'crm_hd1': 0.0, 'crm_top1': 1.0}
+    """
+    found = {}
+    costs = expected_cost(logits, distance)
+    for prefix, ranks in (("", logits), ("crm_", -costs)):
+        found[f"{prefix}severity"] = severity(ranks, labels, distance)
+        for k in (1, 5, 20):
+            if k <= len(distance):
+                found[f"{prefix}hd{k}"] = distance_at(ranks, labels, distance, k)
+    return found | {"crm_top1": (costs.argmin(1) == labels).double().mean().item()}
+
+
+def of_neighbours(features: Tensor, labels: Tensor, distance: Tensor) -> dict[str, float]:
+    """`mahp`, mAHP@250, and `siblings`, the share of `sibling_neighbours`, of features [N, d] of classes [N]."""
+    mahp = average_hierarchical_precision(features, labels, distance)
+    return {"mahp": mahp, "siblings": sibling_neighbours(features, labels, distance)}
+
+
 def _neighbours(features: Tensor, labels: Tensor, distance: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Cosines [B, N] of a block of samples with all, -inf with themselves, their labels [B], and the first's number."""
     _check(features, labels, distance, ranks=False)

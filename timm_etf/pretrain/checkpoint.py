@@ -70,11 +70,11 @@ def check_resume(out: Path, expected: dict[str, Any]) -> None:
             )
 
 
-def save(accelerator: Accelerator, out: Path, position: Position, keep: int) -> Path:
+def save(accelerator: Accelerator, out: Path, position: Position, keep: int, since: int = 0) -> Path:
     """Save model, optimizer, average, random states and position; called on every process.
 
     The folder is written under a temporary name and renamed, and only then are older ones removed, but for the `keep`
-    newest and the epoch with the best accuracy: a kill at any moment leaves the newest whole checkpoint.
+    newest and the best, from epoch `since` on: a kill at any moment leaves the newest whole checkpoint.
     """
     folder = out / "checkpoints"
     new = folder / f"epoch-{position.epoch:04d}-step-{position.step:06d}"
@@ -91,7 +91,7 @@ def save(accelerator: Accelerator, out: Path, position: Position, keep: int) -> 
     if accelerator.is_main_process:
         (unfinished / _POSITION).write_text(json.dumps(dataclasses.asdict(position)), encoding="utf-8")
         unfinished.rename(new)
-        for old in set(all_of(out)[:-keep]) - {best(out)}:
+        for old in set(all_of(out)[:-keep]) - {best(out, since)}:
             doomed = old.rename(folder / f"{UNFINISHED}{old.name}")  # a kill leaves no part of one that looks whole
             shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
@@ -145,10 +145,15 @@ def load(accelerator: Accelerator, checkpoint: Path) -> Position:
         raise UsageError(f"Cannot read the checkpoint {checkpoint} ({type(e).__name__}: {first_line(e)})") from e
 
 
-def best(out: Path) -> Path | None:
-    """The checkpoint after the epoch with the best validation accuracy, the earlier one of two that are level."""
+def best(out: Path, since: int = 0) -> Path | None:
+    """The checkpoint after the epoch with the best validation accuracy, the earlier one of two that are level.
+
+    Those before epoch `since` do not count, for they are of a model under another classifier.
+    """
     found = None
     for checkpoint in all_of(out):
+        if epoch_of(checkpoint) < since:
+            continue
         try:
             top1 = _position(checkpoint).top1
         except (OSError, ValueError, TypeError):  # a damaged one
@@ -165,3 +170,8 @@ def _position(checkpoint: Path) -> Position:
 def all_of(out: Path) -> list[Path]:
     """The whole checkpoints of a run, the oldest first."""
     return sorted((out / "checkpoints").glob("epoch-*"))
+
+
+def epoch_of(checkpoint: Path) -> int:
+    """How many whole epochs a checkpoint is after."""
+    return int(checkpoint.name.split("-")[1])

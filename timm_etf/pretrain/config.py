@@ -1,6 +1,5 @@
 """What a pretraining run is told: one dataclass, which is also the command line and `run.json`."""
 
-import math
 import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +18,16 @@ _SCHEDULES = ("constant", "cosine", "multistep", "none", "poly", "rsqrt", "step"
 BATCH_LOSSES = ("ntce", "nonl")
 """Losses that compare the samples of a step with each other."""
 
+FIXED_LOSSES = ("dot_regression", "gram")
+"""Losses that a classifier has to be fixed for from the first step."""
+
 COSINE_LOSSES = ("normface", *BATCH_LOSSES)
 """Losses of cosines over a temperature."""
 
 _RANGES = {
     "num_classes": "[2, inf)",
     "hierarchy_gamma": "(0, inf)",
+    "frame_from_means": "[0, inf)",
     "reserve": "[0, inf)",
     "img_size": "[1, 4096]",
     "mean": "(-inf, inf)",
@@ -110,6 +113,10 @@ class PretrainConfig:
     with the group or parent of each class, or a table of CLASS, tab, GROUP/SUBGROUP."""
     hierarchy_gamma: float = 3.0
     """How fast these cosines fall from siblings on; a large one gives the simplex."""
+    frame_from_means: int | None = None
+    """Train the classifier for so many epochs, then fix it: to the simplex nearest to the class means of the features,
+    or, where there are too many classes for one, to these means' own directions. 0, with --init: before the first
+    step."""
     drop_path: float | None = None
     """Rate of stochastic depth."""
     freeze_bn: bool = False
@@ -172,12 +179,13 @@ class PretrainConfig:
     """Further arguments of timm's schedule as NAME=VALUE, such as min_lr=1e-5 or decay_milestones=(30,60,90)."""
     warmup_epochs: int | None = None
     """Epochs of linear warm-up, part of --epochs; by default a fifth of them, 5 at most."""
-    loss: Literal["cross_entropy", "normface", "ntce", "nonl", "dot_regression"] = "cross_entropy"
+    loss: Literal["cross_entropy", "normface", "ntce", "nonl", "dot_regression", "gram"] = "cross_entropy"
     """Loss. normface is the cross-entropy of cosines over --temperature, ntce compares the samples of a step (all of
     --grad-accum-steps and all processes; 512 or more) for the row of each class instead of the rows for each sample,
     nonl leaves out those of the same class: these are for _etf models (--model-kwargs frame=learned for a trained
-    classifier). dot_regression needs a fixed classifier with feature_norm=True; features pretrained with it transfer
-    far worse than with cross-entropy (by 12 points on ImageNet, arXiv 2605.20302)."""
+    classifier). gram, for --hierarchy, is half the cross-entropy and half the distance of a sample's cosines with all
+    vectors from those of its own vector. dot_regression needs a fixed classifier with feature_norm=True; features
+    pretrained with it transfer far worse than with cross-entropy (by 12 points on ImageNet, arXiv 2605.20302)."""
     temperature: float | None = None
     """What cosines are divided by in normface, ntce and nonl: 0.1 unless given; lower for many classes."""
     smoothing: float = 0.1
@@ -311,7 +319,11 @@ class PretrainConfig:
 
         # Each of these checks what it parses.
         self.architecture, self.parsed_model_kwargs, self.parsed_opt_kwargs, self.parsed_sched_kwargs  # noqa: B018
-        self._check_ranges()
+        specs.require_ranges(vars(self), _RANGES)
+        for option in ("scale", "ratio"):
+            low, high = getattr(self, option)
+            if low > high:
+                raise UsageError(f"--{option} takes the smaller value first, got {low} {high}.")
         self._check_names()
         for option in ("mean", "std"):
             if len(getattr(self, option) or ()) not in (0, 1, self.in_chans):
@@ -322,8 +334,9 @@ class PretrainConfig:
             raise UsageError("--pretrained and --init both name weights to start from: leave one out.")
         if self.keep_classifier and not self.initial_weights:
             raise UsageError("--keep-classifier needs weights to start from: name them with --init.")
-        if self.hierarchy and not self.architecture.endswith(SUFFIX):
-            raise UsageError(f"--hierarchy makes a fixed classifier: use --model {self.model}{SUFFIX}.")
+        for option, given in (("hierarchy", self.hierarchy), ("frame-from-means", self.frame_from_means is not None)):
+            if given and not self.architecture.endswith(SUFFIX):
+                raise UsageError(f"--{option} makes a fixed classifier: use --model {self.model}{SUFFIX}.")
         if self.reserve and (self.hierarchy or self.distill):
             raise UsageError("--hierarchy and --distill say which classes there are: leave out --reserve.")
         if self.hierarchy and (self.keep_classifier or "frame" in self.parsed_model_kwargs):
@@ -359,21 +372,6 @@ class PretrainConfig:
         for split in (self.train_split, self.val_split):
             if self.data_dir and self.out.resolve().is_relative_to((self.data_dir / split).resolve()):
                 raise UsageError(f"--out {self.out} lies among the images of {split!r}: choose a folder outside of it.")
-
-    def _check_ranges(self) -> None:
-        for option, interval in _RANGES.items():
-            value = getattr(self, option)
-            values = () if value is None else value if isinstance(value, tuple) else (value,)
-            low, high = map(float, interval[1:-1].split(","))
-            for v in values:
-                above = v >= low if interval[0] == "[" else v > low
-                below = v <= high if interval[-1] == "]" else v < high
-                if not (above and below and math.isfinite(v)):
-                    raise UsageError(f"--{option.replace('_', '-')} must be in {interval}, got {v}.")
-        for option in ("scale", "ratio"):
-            low, high = getattr(self, option)
-            if low > high:
-                raise UsageError(f"--{option} takes the smaller value first, got {low} {high}.")
 
     def _check_names(self) -> None:
         import timm.optim

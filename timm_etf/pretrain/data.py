@@ -1,5 +1,6 @@
 """Training and validation batches from any timm data set, the same images on any number of processes."""
 
+import copy
 import hashlib
 import os
 import platform
@@ -263,6 +264,7 @@ class TrainLoader:
 
     def __init__(self, dataset: Any, config: PretrainConfig, rank: int, world_size: int) -> None:
         self.config, self.rank, self.passes = config, rank, max(1, config.epoch_repeats)
+        self.dataset, self.world_size = dataset, world_size
         images_per_batch = config.batch_size * world_size
         self.source: EpochSampler | SeededStream
         if isinstance(dataset, IterableDataset):
@@ -322,6 +324,14 @@ class TrainLoader:
                 f"{self.config.train_split!r} ended after {done} of {self.batches_per_epoch} batches of an epoch: give "
                 f"its true number of images, as in --train-split '{self.config.train_split.partition('|')[0]}|NUMBER'."
             )
+
+    def still(self, data_config: dict[str, Any]) -> Loader:
+        """Batches of the training images as validation sees them: each once, over all processes; to be closed."""
+        dataset: Any = copy.copy(self.dataset)
+        if isinstance(dataset, IterableDataset):  # whose reader is told for good how to divide and to shuffle
+            dataset = _open(self.config, self.config.train_split, is_training=False)
+        dataset.transform = transforms(self.config, data_config)[1]
+        return val_loader(dataset, self.config, self.rank, self.world_size)
 
     def _batches(self, epoch: int, first_batch: int) -> Iterator[Any]:
         if isinstance(self.source, EpochSampler):

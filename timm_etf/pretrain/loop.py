@@ -18,12 +18,14 @@ from tqdm import tqdm
 from timm_etf import hub
 from timm_etf.atomic import write_text
 from timm_etf.errors import Interrupted, UsageError, one_line
+from timm_etf.means import nearest_mean
 from timm_etf.pretrain import checkpoint
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.clock import Clock, advice, shares
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.setup import Run, setup
 from timm_etf.pretrain.validation import validate
+from timm_etf.pretrain.warm_frame import set_frame
 from timm_etf.report import curves
 from timm_etf.report.results import write as write_results
 from timm_etf.variants import SW_SUFFIX, base_name
@@ -32,6 +34,9 @@ from timm_etf.watch import Watch, starts_again
 _SHOWN = {
     "train_loss": "loss {:.3f}",
     "top1": "top-1 {:.1f} %",
+    "top1_old": "old classes {:.1f} %",
+    "top1_new": "new {:.1f} %",
+    "harmonic": "harmonic mean {:.1f} %",
     "nc1": "NC1 {:.3g}",
     "images_per_second": "{:.0f} img/s",
 }
@@ -72,7 +77,8 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
     advised, clock = {""}, Clock(accelerator.device)
     with _progress(run) as bar:
         if config.initial_weights and run.position == Position():  # what they are worth before they are trained
-            metrics = _validate(run)
+            _set_frame(run, 0, bar)
+            metrics = _validate(run) | _nearest_mean(run)
             run.record()
             run.position = Position(top1=metrics["top1"])
             if log:
@@ -90,6 +96,7 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
                 message = f"Stopped; {saved} is saved. The same command with --resume continues from it."
                 raise Interrupted(watch.signum, message)
             with clock.measure("validating"):
+                _set_frame(run, epoch + 1, bar)
                 metrics = _validate(run)
             metrics["train_loss"] = trained.loss_sum / max(1, trained.step)
             metrics["seconds"] = seconds = {part: round(s, 3) for part, s in clock.lap().items()}
@@ -111,9 +118,25 @@ def _train(run: Run, watch: Watch) -> dict[str, Any]:
     return metrics
 
 
+def _set_frame(run: Run, epoch: int, bar: tqdm) -> None:
+    """Fix the classifier to the class means' frame, where it is to be after this epoch: validation comes after it."""
+    if epoch == run.config.frame_from_means:
+        run.step, told = set_frame(run.step, run.config, run.train, run.data_config)
+        if run.accelerator.is_main_process:
+            bar.write(told)
+
+
 def _shown(run: Run, metrics: dict[str, Any]) -> list[str]:
     shown = _SHOWN | ({"top1": "same answer {:.1f} %"} if run.config.distill else {})
-    return [text.format(metrics[k]) for k, text in shown.items() if k in metrics]
+    said = [text.format(metrics[k]) for k, text in shown.items() if k in metrics]
+    if means := metrics.get("nearest_mean"):
+        said.append(f"nearest class mean: {_by_age(means)}")
+    return said
+
+
+def _by_age(accuracies: dict[str, float]) -> str:
+    """Accuracies of old and new classes."""
+    return ", ".join(_SHOWN[k].format(v) for k, v in accuracies.items() if k in ("top1_old", "top1_new", "harmonic"))
 
 
 def _train_epoch(run: Run, watch: Watch, clock: Clock, bar: tqdm) -> Position:
@@ -159,11 +182,24 @@ def _validate(run: Run) -> dict[str, Any]:
         teacher=run.step.objective.teacher,
         geometry=run.config.geometry,
         reserved=run.config.reserve,
+        old=run.old,
     )
     if run.step.ema is None:
         return score(run.step.model)
     raw = score(run.step.model)
     return {**score(run.step.ema.module), "raw_top1": raw["top1"]}
+
+
+def _nearest_mean(run: Run) -> dict[str, Any]:
+    """What class means of the features that a run starts with are worth, where it goes on with more classes."""
+    if not run.old:
+        return {}
+    images = run.train.still(run.data_config)
+    try:
+        seen = run.step.seen(images), run.step.seen(run.val)
+        return {"nearest_mean": nearest_mean(run.step.plain, *seen, run.accelerator, run.old)}
+    finally:
+        images.close()
 
 
 def _track(run: Run, metrics: dict[str, Any], epoch: int) -> None:
@@ -176,13 +212,14 @@ def _track(run: Run, metrics: dict[str, Any], epoch: int) -> None:
 
 def _save(run: Run, clock: Clock) -> Path:
     with clock.measure("saving"):
-        return checkpoint.save(run.accelerator, run.config.out, run.position, run.config.checkpoint_hist)
+        since = run.config.frame_from_means or 0
+        return checkpoint.save(run.accelerator, run.config.out, run.position, run.config.checkpoint_hist, since)
 
 
 def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write results.json and export/; returns the results."""
     accelerator, config = run.accelerator, run.config
-    best = checkpoint.best(config.out) if config.export == "best" else None
+    best = checkpoint.best(config.out, config.frame_from_means or 0) if config.export == "best" else None
     if best:
         checkpoint.load(accelerator, best)
     if best or not metrics:  # no metrics, if resumed after the last epoch
@@ -193,7 +230,7 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     if config.distill:
         results["source"]["teacher"] = config.distill
     if config.initial_weights and accelerator.is_main_process:
-        results["source"]["before"] = _before(config.out / "log.jsonl")
+        results["source"] |= _before(config.out / "log.jsonl")
     if best:
         results["source"]["exported"] = f"the best of all epochs by these images, {best.name}"
     exported = run.exported_model()
@@ -220,9 +257,11 @@ def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _before(log: Path) -> dict[str, Any]:
-    """What the weights were worth before they were trained."""
+    """What the weights were worth before they were trained, and the class means of their features."""
     first = json.loads(log.read_text(encoding="utf-8").partition("\n")[0])
-    return {k: first[k] for k in ("top1", "top5", "loss") if first["epoch"] == 0}
+    known = ("top1", "top5", "loss", "top1_old", "top1_new", "harmonic")
+    before = {k: first[k] for k in known if k in first and first["epoch"] == 0}
+    return {"before": before} | {k: first[k] for k in ("nearest_mean",) if k in first}
 
 
 def _draw(run: Run) -> None:
@@ -253,7 +292,7 @@ def _device_name(accelerator: Accelerator) -> str:
 
 
 def summary(config: PretrainConfig, results: dict[str, Any]) -> str:
-    """What came out of a run and what to type next, in three lines."""
+    """What came out of a run and what to type next, in three lines or four."""
     source, folder = results["source"], config.out / "export"
     what = f"top-1 {source['top1']:.2f} %, top-5 {source['top5']:.2f} % on {source['count']} validation images"
     if config.distill:
@@ -263,6 +302,8 @@ def summary(config: PretrainConfig, results: dict[str, Any]) -> str:
         )
     if before := source.get("before"):
         what += f"; before training {before['top1']:.2f} %"
+    if means := source.get("nearest_mean"):
+        what += f"\n{_by_age(source)}; nearest class mean of the features before: {_by_age(means)}"
     imports = "timm, timm_etf" if base_name(config.architecture).endswith(SW_SUFFIX) else "timm"
     return (
         f"{what}\n"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from timm_etf.classifier import features_into, fixed_classifiers
 from timm_etf.errors import UsageError
-from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss, divergence
+from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss, divergence, gram_loss
 from timm_etf.pretrain.config import BATCH_LOSSES, PretrainConfig
 
 
@@ -40,6 +40,9 @@ class Objective:
                     "--model-kwargs feature_norm=True (and without learn_scale)."
                 )
             self.loss = DotRegressionLoss(heads[0].scale)
+        self.gram = config.loss == "gram"
+        if self.gram and len(list(fixed_classifiers(model))) != 1:
+            raise UsageError("--loss gram needs one fixed classifier: use an _etf model of one, without frame=learned.")
         self.feature_entropy = config.feature_entropy
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor, statistics: Tensor | None = None) -> Tensor:
@@ -54,6 +57,11 @@ class Objective:
         return loss + self.feature_entropy * FeatureEntropyLoss()(features[-1])
 
     def _loss(self, model: nn.Module, images: Tensor, targets: Tensor, statistics: Tensor | None) -> Tensor:
+        if self.gram:
+            with features_into(model, projected=True) as features:
+                logits = model(images)
+            frame = next(head.weight for _, head in fixed_classifiers(model))
+            return (self.loss(logits, targets) + gram_loss(features[-1], frame, targets)) / 2
         logits = model(images)
         if self.teacher:
             with torch.no_grad():

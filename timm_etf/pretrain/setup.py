@@ -18,20 +18,19 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin, gather_object, parse_flag_from_env, set_seed
 from PIL import Image
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
 from timm_etf.atomic import require_new_folder, write_json, write_text
-from timm_etf.classifier import classifier_names, fixed_classifiers
+from timm_etf.classifier import fixed_classifiers
 from timm_etf.errors import UsageError, first_line
 from timm_etf.frames import ClassTree
 from timm_etf.loading.loader import Loader, Pixels
-from timm_etf.pretrain import checkpoint, data, recipe, sharding
+from timm_etf.pretrain import checkpoint, data, recipe, sharding, warm_frame
 from timm_etf.pretrain.checkpoint import Position
 from timm_etf.pretrain.config import PretrainConfig
 from timm_etf.pretrain.objective import Objective
+from timm_etf.pretrain.optimizer import optimizer_of, schedule_of
 from timm_etf.pretrain.step import Step
 from timm_etf.ready import Start, create_on_all, same_for_all, teacher
 from timm_etf.variants import HEAD_ARGS, base_name
@@ -52,6 +51,8 @@ class Run:
     class_names: list[str] | None
     tree: ClassTree | None
     position: Position
+    old: int = 0
+    """How many of the classes, the first, the weights that it started from knew, where there are others now."""
     on_record: bool = False
 
     @property
@@ -127,6 +128,7 @@ def setup(config: PretrainConfig) -> Run:
         UsageError: For settings or data that cannot work.
     """
     config.check()
+    warm_frame.check(config)
     if not config.resume:
         require_new_folder(config.out, "continue that run with --resume, or choose another --out")
     accelerator = _accelerator(config)
@@ -161,12 +163,12 @@ def setup(config: PretrainConfig) -> Run:
     _require_same_frames(model)
     model, ema = _arrange(model, config, accelerator)
     with _blaming("--opt"):
-        optimizer = _optimizer(model, config)
+        optimizer = optimizer_of(model, config)
     if config.fsdp:
         with _blaming("--opt, which --fsdp makes work on shards"):
             sharding.try_optimizer(config, accelerator)
     with _blaming("--sched and --sched-kwargs"):
-        schedule = _schedule(optimizer, config, train.steps_per_epoch)
+        schedule = schedule_of(optimizer, config, train.steps_per_epoch)
     if accelerator.is_main_process and not config.resume:  # a run that has begun has checked them
         data.check_images(task.train, task.val)
     # The weights are the same on every process; what is random in training (dropout, mixup) must not be.
@@ -179,7 +181,8 @@ def setup(config: PretrainConfig) -> Run:
     pixels = Pixels(data_config, accelerator.device, channels_last=channels_last, reprob=config.reprob)
     step = Step(config, accelerator, model, optimizer, schedule, objective, pixels, mixup, ema)
     position = checkpoint.load_newest(accelerator, config.out) if config.resume else Position()
-    return Run(config, settings, accelerator, step, train, val, data_config, names, tree, position)
+    old = len(first) if len(first) < len(task.class_names or ()) else 0
+    return Run(config, settings, accelerator, step, train, val, data_config, names, tree, position, old)
 
 
 def _accelerator(config: PretrainConfig) -> Accelerator:
@@ -257,6 +260,8 @@ def _create_model(
         raise UsageError("--keep-classifier fixes the frame that is nearest to it: leave out --model-kwargs frame=.")
     if fixed and not keep:
         kwargs["frame_seed"] = frame_seed
+    if config.frame_from_means is not None:
+        kwargs["frame"] = "learned"
     try:
         model = timm.create_model(
             base_name(name) if keep else name,
@@ -270,7 +275,7 @@ def _create_model(
         model = start.fix(model, **head_args) if start and keep and fixed else model
         for _, head in fixed_classifiers(model):
             head.taken = num_classes - config.reserve if config.reserve else None
-        return model
+        return warm_frame.as_saved(model, config)
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from None
     except Exception as e:  # an argument that this architecture does not take, or a value that some layer refuses
@@ -311,32 +316,6 @@ def _arrange(model: nn.Module, config: PretrainConfig, accelerator: Accelerator)
         with _blaming("--fsdp and --model-kwargs"):
             sharding.shard(model.to(accelerator.device), accelerator)
     return model, ema
-
-
-def _optimizer(model: nn.Module, config: PretrainConfig) -> Any:
-    """timm's optimizer of what is trainable."""
-    optimizer: Any = create_optimizer_v2(
-        model, opt=config.opt, layer_decay=config.layer_decay, **config.parsed_opt_kwargs
-    )
-    heads = tuple(f"{name}." for name in classifier_names(model))
-    if config.layer_decay and not any(name.startswith(heads) for name, _ in model.named_parameters()):
-        # timm counts layers from the last that is trained. Beside a learned classifier that is the classifier's, and
-        # under a fixed one the backbone has to learn at the same rates.
-        for group in optimizer.param_groups:
-            group["lr_scale"] *= config.layer_decay
-    return optimizer
-
-
-def _schedule(optimizer: Any, config: PretrainConfig, steps_per_epoch: int) -> Any:
-    return create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-        **config.parsed_sched_kwargs,
-    )[0]
 
 
 def img_size_argument(config: PretrainConfig) -> dict[str, Any]:

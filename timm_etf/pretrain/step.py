@@ -64,6 +64,10 @@ class Step:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
+    def seen(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """A loader's batches as the model receives them when it is not trained."""
+        return ((self.pixels(images), targets) for images, targets in batches)
+
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]], count: int, update: int) -> Tensor:
         """Train on `count` batches of uint8 images [B, C, H, W] with class indices [B], as update `update` of the run.
 

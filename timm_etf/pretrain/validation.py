@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from timm_etf.classifier import classifier_names, features_into, fixed_classifiers
+from timm_etf.classifier import classifier_names, features_into
 from timm_etf.errors import UsageError
 from timm_etf.geometry import ClassMoments, collapse, merged
 from timm_etf.loading.loader import Loader, Pixels
 from timm_etf.losses import divergence
+from timm_etf.means import old_and_new, share_statistics
 from timm_etf.pretrain.sharding import in_step
 from timm_etf.processes import exact_device
 
@@ -28,6 +29,7 @@ def validate(
     *,
     geometry: bool = True,
     reserved: int = 0,
+    old: int = 0,
 ) -> dict[str, Any]:
     """Score a model on the validation split.
 
@@ -42,6 +44,7 @@ def validate(
         teacher: A model whose answers take the place of the class numbers.
         geometry: Whether to measure how collapsed the features are.
         reserved: How many of the logits, the last, are of classes to come: they do not count.
+        old: How many of the classes, the first, were there before; their accuracy and that of the others are told, too.
 
     Returns:
         `top1` and `top5` in percent, `loss` (mean cross-entropy, or divergence from a teacher, nats), `count` of
@@ -53,10 +56,8 @@ def validate(
     """
     # The plain module: processes may have different numbers of batches, and DDP would wait for a partner.
     plain = accelerator.unwrap_model(model, keep_torch_compile=False).eval()
-    # Batch statistics of the last step differ from process to process; those of the first are what is exported.
-    frames = {id(head.weight) for _, head in fixed_classifiers(plain)}
-    broadcast([buffer for buffer in plain.buffers() if id(buffer) not in frames])
-    totals = [0.0, 0.0, 0.0, 0]
+    share_statistics(plain)
+    totals = [0.0] * 6
     collapsed = _Geometry(plain, accelerator.device) if geometry else None
     with features_into(plain) as features:
         for images, targets in in_step(plain, loader, accelerator, pixels.shape):
@@ -75,12 +76,14 @@ def validate(
                 loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
             else:
                 loss = divergence(logits, taught).sum()
-            sums = torch.stack([hits[:, 0].sum(), hits.sum(), loss]).tolist()
-            totals = [t + s for t, s in zip(totals, [*sums, len(targets)], strict=True)]
-    top1, top5, loss_sum, count = (sum(column) for column in zip(*gather_object([totals]), strict=True))
+            is_old = targets < old
+            sums = [hits[:, 0].sum(), hits.sum(), loss, hits[is_old, 0].sum(), is_old.sum()]
+            totals = [t + s for t, s in zip(totals, [*torch.stack(sums).tolist(), len(targets)], strict=True)]
+    top1, top5, loss_sum, *of_old, count = (sum(column) for column in zip(*gather_object([totals]), strict=True))
     if count == 0:
         raise UsageError("The validation split gave no image.")
     found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "count": int(count)}
+    found |= old_and_new(top1, count, *of_old) if old else {}
     return found | (collapsed.compute(accelerator) if collapsed else {})
 
 

@@ -81,12 +81,16 @@ class Label(Measured):
 
 
 class OnTarget(TypedDict):
-    """One target under one protocol; `features` says what was done to them."""
+    """One target under one protocol; `features` says what was done to them.
+
+    `order` has, where the target has a tree, `geometry.of_rankings` or `of_neighbours` by label, of every repetition.
+    """
 
     metric: Literal["top1", "mean_per_class"]
     test_images: int
     features: str
     models: dict[str, Label]
+    order: NotRequired[dict[str, dict[str, list[float | None]]]]
     differences: NotRequired[dict[str, Difference]]
 
 

@@ -17,7 +17,16 @@ from timm_etf.classifier import classifier_names
 from timm_etf.errors import UsageError
 from timm_etf.features.extract import stream
 from timm_etf.features.study import Inputs, Pair, Study, sample
-from timm_etf.geometry import ClassMoments, class_covariance, collapse, covariance_differences, scaled, total_variance
+from timm_etf.geometry import (
+    ClassMoments,
+    class_covariance,
+    collapse,
+    covariance_differences,
+    of_neighbours,
+    of_rankings,
+    scaled,
+    total_variance,
+)
 from timm_etf.geometry.metrics import CollapseMetrics, NearestMeanAgreement
 from timm_etf.processes import exact_device, processes
 from timm_etf.report.page import closing, remarks, row, write
@@ -40,6 +49,17 @@ MEANING = {
     "effective_rank_between": "directions between classes, 1 to K-1",
     "top1": "accuracy of the model's classifier",
     "nearest_mean": "accuracy of the nearest class mean",
+    "severity": "mean distance in the tree of the classifier's mistakes",
+    "hd1": "mean distance of its first choice",
+    "hd5": "of the 5 first",
+    "hd20": "of the 20 first",
+    "crm_top1": "accuracy of the choice of least expected cost (CRM)",
+    "crm_severity": "mean distance of its mistakes",
+    "crm_hd1": "mean distance of its first choice",
+    "crm_hd5": "of the 5 first",
+    "crm_hd20": "of the 20 first",
+    "mahp": "mAHP@250, how near the classes of neighbours are, 1 best",
+    "siblings": "nearest image of another class is of the same group, share",
     "t": "how the classes' traces differ: rms of t",
     "t_of_sampling": "what of that so few samples would give alone",
     "T_variation": "how the products of their covariances differ: deviation / mean of T",
@@ -112,6 +132,7 @@ def measure(
         found[split] = collapse(moments, weight if weight is not None and weight.shape[1] == dim else None)
         found[split] |= {"within_share": within / total_variance(moments)}
         found[split] |= _classified(folder, trained, head, device)
+        found[split] |= _order(pair, split, head)
         found[split]["images"] = int(moments.count.sum())
     found["train"] |= _differences(pair)
     return {split: {k: v for k, v in m.items() if math.isfinite(v)} for split, m in found.items()}, covariance
@@ -148,11 +169,28 @@ def _classified(folder: Path, trained: ClassMoments, head: Any, device: torch.de
     for x_ND, y_N in _mine(folder):
         metrics["nearest_mean"].update(x_ND, y_N)
         if head is not None:
-            x_ND, y_N = x_ND.to(head.weight), y_N.to(head.weight.device)
-            predicted = head(x_ND[..., None, None] if head.weight.ndim == 4 else x_ND).flatten(1).argmax(1)
+            predicted = _logits(head, x_ND).argmax(1)
             metrics["nc4"].update(x_ND, predicted)
             metrics["top1"].update((predicted == y_N).to(device, torch.float32))
     return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def _order(pair: Pair, split: str, head: Any) -> dict[str, float]:
+    """Who is near whom in the data's tree, where it has one, on a sample."""
+    if pair.splits.tree is None:
+        return {}
+    distance = pair.splits.tree.distance
+    x_ND, y_N = map(torch.from_numpy, sample(pair.folders[split], len(getattr(pair.splits, split)), _MOST))
+    found = of_neighbours(x_ND, y_N, distance)
+    return found if head is None else found | of_rankings(_logits(head, x_ND), y_N, distance)
+
+
+@torch.no_grad()
+def _logits(head: Any, x_ND: Tensor) -> Tensor:
+    """What a classifier says of features, on the CPU."""
+    x_ND = x_ND.to(head.weight)
+    said: Tensor = head(x_ND[..., None, None] if head.weight.ndim == 4 else x_ND)
+    return said.flatten(1).cpu()
 
 
 def _differences(pair: Pair) -> dict[str, float]:

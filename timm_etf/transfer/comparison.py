@@ -184,6 +184,14 @@ class Comparison:
         by_member = [[r.accuracy(target.metric) for r in row] for row in self.runs(label, target.name, protocol)]
         return [float(np.mean(row)) for row in by_member] if len(by_member) > 1 else by_member[0] if by_member else []
 
+    def order(self, label: str, target: Target, protocol: str) -> dict[str, list[float]]:
+        """What `Result.order` has, by name: of each member if the label has several, else of each seed."""
+        rows = self.runs(label, target.name, protocol)
+        if not rows:
+            return {}
+        by_name = {name: [[r.order[name] for r in row] for row in rows] for name in rows[0][0].order}
+        return {n: [float(np.mean(row)) for row in v] if len(v) > 1 else v[0] for n, v in by_name.items()}
+
     def accuracy(self, label: str, targets: Sequence[Target], protocol: str) -> float:
         """Accuracy in percent over all runs, as a mean over targets."""
         return float(np.mean([self._correct(label, t, protocol)[2] for t in targets]))

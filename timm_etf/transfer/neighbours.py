@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_etf.features.extract import Features
+from timm_etf.geometry import of_neighbours
 from timm_etf.transfer.result import Result, fit_and_validation
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
@@ -29,6 +30,7 @@ def knn(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    distance: Tensor | None = None,
 ) -> Result:
     """Classify each test image by the training images nearest to it.
 
@@ -39,9 +41,11 @@ def knn(
             in the end.
         seed: Seed of that fifth.
         device: Where to compute.
+        distance: Of the classes, [K, K].
 
     Returns:
-        The result on every test image; `chosen` has the number of neighbours and the temperature.
+        The result on every test image; `chosen` has the number of neighbours and the temperature, `order` whether test
+        images have near classes around them, where classes have distances.
     """
     both, held = fit_and_validation(train, validation, seed)
     x, y, x_test = (torch.from_numpy(array).to(device) for array in (both.x, both.y, test.x))
@@ -58,7 +62,12 @@ def knn(
     right = (votes == y[queries]).sum(1).cpu().numpy()
     k, temperature = settings[int(right.argmax())]
     predicted = vote(x, y, x_test, classes, [(k, temperature)])[0].cpu().numpy()
-    return Result((predicted == test.y).astype(np.float32), test.y, treatment, {"k": k, "temperature": temperature})
+    order = {}
+    if distance is not None:
+        some = slice(None, None, -(-len(test.y) // MOST_QUERIES))
+        order = of_neighbours(x_test[some], torch.from_numpy(test.y[some]).to(device), distance)
+    correct = (predicted == test.y).astype(np.float32)
+    return Result(correct, test.y, treatment, {"k": k, "temperature": temperature}, order)
 
 
 def vote(

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from timm_etf.features.extract import Features
+from timm_etf.geometry import of_rankings
 from timm_etf.transfer.logistic import logistic_path
 from timm_etf.transfer.result import Result, fit_and_validation
 
@@ -27,6 +28,7 @@ def linear_probe(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    distance: Tensor | None = None,
 ) -> Result:
     """Fit L2-regularised logistic regression and score it on `test`.
 
@@ -39,9 +41,11 @@ def linear_probe(
         validation: Features that choose the strength; by default a random fifth of every class of `train`.
         seed: Seed of that fifth.
         device: Where to compute.
+        distance: Of the classes, [K, K].
 
     Returns:
-        The result on every test image; `chosen` has the strength.
+        The result on every test image; `chosen` has the strength, `order` how bad mistakes are, where classes have
+        distances.
     """
     both, held = fit_and_validation(train, validation, seed)
     fitted = ~held if not held.all() else held
@@ -55,8 +59,10 @@ def linear_probe(
     del path, x_val
     statistics = _statistics(both.x)
     (weights,) = logistic_path(_standardised(both.x.copy(), statistics, device), y, classes, [best])
-    predicted = logits(_standardised(test.x.copy(), statistics, device), weights).argmax(1).cpu().numpy()
-    return Result((predicted == test.y).astype(np.float32), test.y, TREATMENT, {"strength": best})
+    z = logits(_standardised(test.x.copy(), statistics, device), weights).cpu()
+    order = {} if distance is None else of_rankings(z, torch.from_numpy(test.y), distance)
+    correct = (z.argmax(1).numpy() == test.y).astype(np.float32)
+    return Result(correct, test.y, TREATMENT, {"strength": best}, order)
 
 
 def _statistics(x: NDArray[np.float32], rows: NDArray[np.bool_] | None = None) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -8,7 +8,8 @@ import numpy as np
 from timm_etf.data.catalogue import METRICS, Target
 from timm_etf.report import results
 from timm_etf.report.page import closing, remarks, row
-from timm_etf.transfer.comparison import Comparison, Difference
+from timm_etf.report.statistics import t_interval
+from timm_etf.transfer.comparison import Comparison, Difference, Repeated
 from timm_etf.transfer.results_json import as_json
 
 MEAN = "mean"
@@ -27,6 +28,7 @@ class Report(Comparison):
         lines = ["# Transfer", "", *_head(self), ""]
         for protocol in self.protocols:
             lines += [f"## {protocol}", "", *_table(self, protocol), "", *_below(self, protocol), ""]
+            lines += _order(self, protocol)
         if self.collapse:
             lines += ["## Collapse of the targets' training features", "", *_collapse(self), ""]
         if self.distance:
@@ -181,6 +183,42 @@ def _below(c: Comparison, protocol: str) -> list[str]:
                 counts[name] = counts.get(name, 0) + count
     often = [f"{name} in {count} of {runs} runs" for name, count in counts.items() if 2 * count > runs]
     return lines + (["", f"Chosen at an end of its grid: {', '.join(often)}."] if often else [])
+
+
+_ORDER = {
+    "severity": "severity, mean distance of a mistake",
+    "hd1": "HD@1, mean distance of the first choice",
+    **{f"hd{k}": f"HD@{k}, of the {k} first" for k in (5, 20)},
+    "crm_severity": "severity, where choices are those of least expected cost",
+    **{f"crm_hd{k}": f"HD@{k}, the same" for k in (1, 5, 20)},
+    "crm_top1": "share right, the same",
+    "mahp": "mAHP@250, how near the classes of neighbours are, 1 is best",
+    "siblings": "nearest image of another class is of the same group, share",
+}
+
+
+def _order(c: Comparison, protocol: str) -> list[str]:
+    """Who is near whom in the trees that targets have: means, and differences over repetitions."""
+    header = ["target", "in its tree", *c.labels, *(f"{la} - {c.reference}" for la in c.others)]
+    lines = [row(header), "|" + "---|" * len(header)]
+    for target in c.targets:
+        found = {la: c.order(la, target, protocol) for la in c.labels}
+        for name, meaning in _ORDER.items():
+            values = {la: of[name] for la, of in found.items() if name in of}
+            if values:
+                cells = [f"{np.mean(values[la]):.3f}" if la in values else "-" for la in c.labels]
+                apart = [_apart(values.get(la), values.get(c.reference), c.repeated(la)) for la in c.others]
+                lines.append(row([target.name, meaning, *cells, *apart]))
+    said = "Distances are heights of the lowest common ancestor; differences have a 95 % t interval over repetitions."
+    return [*lines, "", said, ""] if len(lines) > 2 else []
+
+
+def _apart(ours: Sequence[float] | None, theirs: Sequence[float] | None, repeated: Repeated | None) -> str:
+    if ours is None or theirs is None:
+        return "-"
+    interval = t_interval([a - b for a, b in zip(ours, theirs, strict=True)]) if repeated else None
+    shown = f"{np.mean(ours) - np.mean(theirs):+.3f}"
+    return shown + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
 
 
 def _distance(c: Comparison) -> list[str]:

@@ -20,12 +20,14 @@ class Result:
         y: Its class number, int64 [n].
         treatment: What was done to the features, or how the model was trained, in words.
         chosen: Hyper-parameters that validation chose.
+        order: How bad mistakes are and who is near whom, by name, where the target's classes have a tree.
     """
 
     correct: NDArray[np.float32]
     y: NDArray[np.int64]
     treatment: str
     chosen: dict[str, Any] = field(default_factory=dict)
+    order: dict[str, float] = field(default_factory=dict)
 
     def accuracy(self, metric: Metric = "top1") -> float:
         """Accuracy in percent."""

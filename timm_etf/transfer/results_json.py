@@ -72,6 +72,11 @@ def _protocol(c: Comparison, protocol: str) -> results.Protocol:
             "features": first.treatment,
             "models": {la: _label(c, la, found, target, protocol) for la, found in rows.items()},
         }
+        order: dict[str, dict[str, list[float | None]]] = {
+            la: {k: list(v) for k, v in of.items()} for la in rows if (of := c.order(la, target, protocol))
+        }
+        if order:
+            targets[target.name]["order"] = order
         both = [la for la in c.others if target in c.paired(la, protocol)]
         if both:
             targets[target.name]["differences"] = {la: _difference(c, la, [target], protocol) for la in both}

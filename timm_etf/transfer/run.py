@@ -193,7 +193,9 @@ def _protocols(
     device = processes().device
     folders = tuple(pair.folders.values())
     names = [folder.name for folder in folders]
-    on = partial(partial, _on_features, folders, device=exact_device(device))
+    tree = pair.splits.tree
+    names += [tree.sha256] if tree else []
+    on = partial(partial, _on_features, folders, device=exact_device(device), distance=tree and tree.distance)
     if "probe" in settings.protocols:
         for layer in layer_names(folders[0]):
             yield "probe" if layer == PRE_LOGITS else f"probe at depth {layer}", names, on(layer, linear_probe)
@@ -201,7 +203,7 @@ def _protocols(
         yield "knn", names, on(PRE_LOGITS, knn)
     if "fewshot" in settings.protocols:
         for shots in SHOTS:
-            yield f"{shots}-shot", names, partial(_few, folders, shots, device=exact_device(device))
+            yield f"{shots}-shot", names[: len(folders)], partial(_few, folders, shots, device=exact_device(device))
     if "finetune" in settings.protocols:
         budget = settings.budget
         grid = [budget.steps, budget.batch_size, LEARNING_RATES, WEIGHT_DECAY]
@@ -217,11 +219,9 @@ def _features(folders: tuple[Path, ...], layer: str) -> list[Features]:
     return [load(folder, layer) for folder in folders]
 
 
-def _on_features(
-    folders: tuple[Path, ...], layer: str, protocol: Callable[..., Result], *, seed: int, device: torch.device
-) -> Result:
+def _on_features(folders: tuple[Path, ...], layer: str, protocol: Callable[..., Result], **options: Any) -> Result:
     train, *validation, test = _features(folders, layer)
-    return protocol(train, test, *validation, seed=seed, device=device)
+    return protocol(train, test, *validation, **options)
 
 
 def _few(folders: tuple[Path, ...], shots: int, *, seed: int, device: torch.device) -> Result:
@@ -286,7 +286,7 @@ def _finish(job: Job, compute: Callable[[], Result]) -> None:
     try:
         result = compute()
         arrays: dict[str, Any] = {"correct": result.correct, "y": result.y}
-        about |= {"features": result.treatment, "chosen": result.chosen}
+        about |= {"features": result.treatment, "chosen": result.chosen, "order": result.order}
     except Exception as e:
         arrays = {"correct": np.zeros(0, np.float32), "y": np.zeros(0, np.int64)}
         about["problem"] = one_line(e)
@@ -305,8 +305,8 @@ def _read(job: Job) -> tuple[Result, float] | str | None:
                 return None
             if "problem" in about:
                 return str(about["problem"])
-            result = Result(file.get_tensor("correct"), file.get_tensor("y"), about["features"], about["chosen"])
-            return result, about["seconds"]
+            arrays = file.get_tensor("correct"), file.get_tensor("y")
+            return Result(*arrays, about["features"], about["chosen"], about.get("order", {})), about["seconds"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):  # not there, or damaged: computed again
         return None
 
