@@ -84,7 +84,9 @@ def divergence(frame: Tensor, scale: float, features: Tensor, logits: Tensor) ->
     return (p * (p / q).log()).sum(1).mean().item()
 
 
-@pytest.mark.parametrize(("num_classes", "dim"), [(10, 32), (33, 32), (50, 32), (100, 32)])
+@pytest.mark.parametrize(
+    ("num_classes", "dim"), [(10, 32), (33, 32), (50, 32), pytest.param(100, 32, marks=pytest.mark.slow)]
+)
 def test_turned_by_features_it_is_still_the_frame_and_says_more_of_what_was_said(num_classes: int, dim: int) -> None:
     w = rows(num_classes, dim, 0)
     g = torch.Generator().manual_seed(1)

@@ -70,7 +70,13 @@ def test_where_no_simplex_fits_it_is_the_means_own_directions(images: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["epoch-0000-step-000008", "epoch-0001-step-000008", "epoch-0002-step-000000", "epoch-0003-step-000008"]
+    "name",
+    [
+        pytest.param("epoch-0000-step-000008", marks=pytest.mark.slow),
+        "epoch-0001-step-000008",
+        pytest.param("epoch-0002-step-000000", marks=pytest.mark.slow),
+        "epoch-0003-step-000008",
+    ],
 )
 def test_a_run_goes_on_to_the_bit_from_before_and_after(
     images: Path, straight: Path, tmp_path: Path, name: str
@@ -109,7 +115,7 @@ def test_the_optimizer_forgets_the_learned_rows_and_nothing_else(images: Path, t
     assert torch.equal(run.plain_model.fc.weight, frame)
 
 
-@pytest.mark.parametrize("more", [(), ("--loss", "normface")], ids=str)
+@pytest.mark.parametrize("more", [(), pytest.param(("--loss", "normface"), marks=pytest.mark.slow)], ids=str)
 def test_two_processes_have_one_frame_and_that_of_all_images(
     images: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:
@@ -122,6 +128,7 @@ def test_two_processes_have_one_frame_and_that_of_all_images(
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_to_the_bit(images: Path, tmp_path: Path) -> None:
     more = ("--epochs", 3, "--frame-from-means", 1, "--checkpoint-hist", 100)
     commands.run_ranks(2, *arguments(images, tmp_path / "straight", *more))
@@ -132,6 +139,7 @@ def test_two_processes_go_on_to_the_bit(images: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_the_frame_of_given_weights_is_set_before_the_first_step(images: Path, tmp_path: Path) -> None:
     pretrain(config(images, tmp_path / "old", epochs=4, warmup_epochs=1, lr=0.05, model="test_resnet"))
     init = f"local-dir:{tmp_path / 'old' / 'export'}"
@@ -146,6 +154,7 @@ def test_the_frame_of_given_weights_is_set_before_the_first_step(images: Path, t
     pretrain(config(images, tmp_path / "run", **settings, export="best", resume=True))
 
 
+@pytest.mark.slow
 def test_a_stream_of_images(shards: Path, tmp_path: Path) -> None:
     splits = {"train_split": "train-{0000..0001}.tar|122", "val_split": "validation-0000.tar|37"}
     wds = {"dataset": "wds/x", "num_classes": 5, **splits}
