@@ -148,6 +148,36 @@ def test_an_index_refuses_the_vectors_of_another_system() -> None:
         embed(others[0], x, "features").require(index.system)
 
 
+@given(num_classes=st.integers(3, 12), data=st.data())
+def test_coordinates_among_some_classes_are_isometric(num_classes: int, data: st.DataObject) -> None:
+    """To the feature within the span of their differences, where the classes are a simplex."""
+    chosen = data.draw(st.permutations(range(num_classes)))[: data.draw(st.integers(2, num_classes))]
+    w = frames.simplex(num_classes, 16, seed=1)
+    h = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(num_classes))
+    among = Coordinates.of(headed(FixedClassifier(w * 3)), strict=True).among([str(k) for k in chosen])
+    apart = w[chosen[1:]] - w[chosen[0]]
+    span = torch.linalg.pinv(apart) @ apart
+    scale = 3 * (num_classes / (num_classes - 1)) ** 0.5
+    z = among(h).double() / scale
+    assert torch.allclose(z @ z.T, h @ span @ h.T, atol=1e-5)
+    for place, k in enumerate(chosen):  # in the order that was asked for
+        assert among(w[[k]]).argmax(1).item() == place
+
+
+def test_a_model_of_more_classes_searches_an_index_of_fewer() -> None:
+    names = [f"class {k}" for k in range(10)]
+    x = pixels(3)
+    old = embed(named(fix_classifier(tiny(0, num_classes=6), seed=0), names[6:0:-1]), x)
+    new = named(fix_classifier(tiny(1, "test_vit"), seed=1), names)
+    found = embed(new, pixels(3, 160), classes=names[6:0:-1])
+    assert found.require(old.system).vectors.shape == (3, 6)
+    with pytest.raises(UsageError, match="The index is in the coordinates simplex-6-"):
+        embed(new, pixels(3, 160)).require(old.system)
+    gaussian = named(fix_classifier(tiny(), frame="gaussian"), names)
+    assert embed(gaussian, x, classes=names).system.startswith("gaussian-10-")
+    assert embed(gaussian, x, classes=names[:6]).system == embed(named(tiny(), names), x, classes=names[:6]).system
+
+
 def test_what_cannot_be_embedded_is_refused_in_one_line() -> None:
     x = pixels(2)
     damaged = tiny()
@@ -161,6 +191,10 @@ def test_what_cannot_be_embedded_is_refused_in_one_line() -> None:
         (lambda: embed(tiny(), []), "no images to embed"),
         (lambda: embed(tiny(), x, mean=torch.zeros(9)), r"The mean has the shape \[9\], and these vectors have 10"),
         (lambda: embed(damaged, x), "not finite"),
+        (lambda: embed(tiny(), x, classes=["3", "x", "y"]), "2 of the 3 classes are not among"),
+        (lambda: embed(tiny(), x, classes=["3", "4", "3"]), "two classes or more, each given once; got 3"),
+        (lambda: embed(tiny(), x, classes=["3"]), "two classes or more, each given once; got 1"),
+        (lambda: embed(tiny(), x, "features", classes=["3", "4"]), "Features are not relative to classes"),
         (lambda: embed(tiny(), x, "logits"), "Unknown space 'logits'"),  # type: ignore[arg-type]
         (lambda: embed(tiny(), x, dtype=torch.float64), "float32, torch.float16 or torch.int8"),
     ]

@@ -1,7 +1,9 @@
 """The recipes and launch scripts in examples/."""
 
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -148,3 +150,129 @@ def test_the_slurm_script_needs_a_folder() -> None:
     done = subprocess.run(["bash", str(SLURM), "--model", "resnet50_etf"], capture_output=True, text=True)
     assert done.returncode != 0
     assert "give --out RUN" in done.stderr
+
+
+def exported(folder: Path, name: str, weights: int, names: list[str] | None = None, **fixed: Any) -> str:
+    """An untrained model of 32 pixels for the classes of `images`."""
+    import timm
+    import torch
+
+    from timm_etf import fix_classifier, hub
+
+    torch.manual_seed(weights)
+    net = timm.create_model(name, num_classes=5, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    hub.export(
+        fix_classifier(net, **fixed) if fixed else net, folder, label_names=names or [f"class{k}" for k in range(5)]
+    )
+    return f"local-dir:{folder}"
+
+
+def test_an_index_is_upgraded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    import timm
+    import torch
+
+    example = runpy.run_path(str(EXAMPLES / "upgrade_an_index" / "upgrade.py"))
+    old = exported(tmp_path / "old", "test_resnet", 0, frame="simplex", seed=0)
+    new = exported(tmp_path / "new", "test_efficientnet", 1, frame="simplex", seed=1)
+    command = ["upgrade.py", str(tmp_path / "out"), "--data", str(images), "--old", old, "--new", new]
+    monkeypatch.setattr(sys, "argv", command)
+    example["main"]()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["data"][images.name]
+    assert (found["gallery"], found["queries"]) == (122, 37)
+    assert found["features"]["after"] is None  # of other widths
+    assert found["features"]["refused"]
+    folders = [timm.data.ImageDataset(str(images / split)) for split in ("train", "validation")]
+    labels = [torch.tensor([label for _, label in folder.reader.samples]) for folder in folders]
+    vectors = {}
+    for name, model in (("before", old), ("after", new)):
+        net = timm.create_model(model, pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+        with torch.no_grad():
+            logits = [net(torch.stack([transform(image) for image, _ in folder])).double() for folder in folders]
+        vectors[name] = [torch.nn.functional.normalize(z - z.mean(1, keepdim=True)) for z in logits]
+    for name in ("before", "after"):
+        nearest = (vectors[name][1] @ vectors["before"][0].T).argmax(1)
+        assert found["coordinates"][name] == pytest.approx(
+            100 * (labels[0][nearest] == labels[1]).double().mean().item(), abs=3
+        )
+    others = exported(tmp_path / "others", "test_resnet", 2, ["a", "b", "c", "d", "e"], frame="simplex")
+    sys.argv[-1], sys.argv[1] = others, str(tmp_path / "no")
+    with pytest.raises(SystemExit):
+        example["main"]()
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_index_of_another_system_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    import torch
+
+    from timm_etf import UsageError
+    from timm_etf.embedding import Embedding
+
+    example = runpy.run_path(str(EXAMPLES / "upgrade_an_index" / "upgrade.py"))
+    vectors = torch.eye(3)
+    example["write_index"](tmp_path / "index.faiss", Embedding(vectors, "simplex-3-a"))
+    assert example["search"](tmp_path / "index.faiss", Embedding(vectors, "simplex-3-a")).tolist() == [[0], [1], [2]]
+    with pytest.raises(UsageError, match="The index is in the coordinates simplex-3-a and these vectors are in"):
+        example["search"](tmp_path / "index.faiss", Embedding(vectors, "simplex-3-b"))
+
+
+def test_unknown_inputs_are_scored(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_ood")
+    import numpy as np
+    import timm
+    import torch
+    from PIL import Image
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    example = runpy.run_path(str(EXAMPLES / "unknown_inputs" / "detect.py"))
+    rng, noise = np.random.default_rng(0), tmp_path / "noise"
+    for split, count in (("train", 1), ("test", 20)):
+        for k in range(2 * count):
+            (noise / split / str(k % 2)).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(noise / split / str(k % 2) / f"{k}.png")
+    learned = [exported(tmp_path / f"learned{s}", "test_resnet", s) for s in (0, 1)]
+    etf = [exported(tmp_path / f"etf{s}", "test_resnet", s, frame="simplex", seed=s) for s in (2, 3)]
+    known = f"{images},name=bars,test=validation"
+    results = example["run"](
+        example["Settings"](
+            models=(*(f"learned={m}" for m in learned), *(f"etf={m}" for m in etf)),
+            **{"known": known, "near": (known.replace("bars", "same"),), "far": (str(noise),)},
+            **{"out": tmp_path / "out", "workers": 0},
+        )
+    )
+    found = results["unknown"]
+    assert list(found) == ["same", "noise"]
+    for cells in found["same"].values():  # the known test images themselves cannot be told from them
+        assert all(cell["AUROC"] == pytest.approx(50) for by_label in cells.values() for cell in by_label if cell)
+    splits = [timm.data.ImageDataset(str(folder)) for folder in (images / "validation", noise / "test")]
+    net = timm.create_model(etf[1], pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+    with torch.no_grad():
+        x = [torch.stack([transform(image.convert("RGB")) for image, _ in split]) for split in splits]
+        h = torch.cat([net.forward_head(net.forward_features(part), pre_logits=True) for part in x])
+        logits, unknown = net(torch.cat(x)), np.repeat([0, 1], [37, 40])
+    scores = {
+        "MaxLogit": -logits.max(1).values,
+        "energy": -logits.logsumexp(1),
+        example["SPAN"]: -(h @ net.fc.weight.detach().T).norm(dim=1) / h.norm(dim=1),
+    }
+    for name, score in scores.items():
+        cell = found["noise"][name]["etf"][1]
+        assert cell["AUROC"] == pytest.approx(100 * roc_auc_score(unknown, score), abs=0.2)
+        assert cell["AUPR unknown"] == pytest.approx(100 * average_precision_score(unknown, score), abs=2)
+        assert cell["AUPR known"] == pytest.approx(100 * average_precision_score(1 - unknown, -score), abs=2)
+        caught, passed = (np.sort(score[unknown == k].numpy()) for k in (1, 0))
+        assert cell["FPR95 unknown"] == pytest.approx(100 * (passed >= caught[2]).mean(), abs=0.1)  # 38 of 40
+        assert cell["FPR95 known"] == pytest.approx(100 * (caught <= passed[35]).mean(), abs=0.1)  # 36 of 37
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| energy, etf less learned |" in report
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["groups"]["far"] == ["noise"]
+    # No training image of some class is classified as it by weights that were never trained: named, and left out.
+    assert all(name.endswith(": SHE") for name in results["missing"])
+    with pytest.raises(Exception, match=r"the model has 5 classes and noise has 2"):
+        example["run"](
+            example["Settings"](models=(etf[0],), known=str(noise), near=(known,), out=tmp_path / "no", workers=0)
+        )

@@ -200,7 +200,7 @@ def publish(
     Args:
         run: Folder of timm-etf pretrain, or an exported folder.
         repo: Repository, ORG/NAME.
-        results: results.json files of timm-etf transfer on this model, for its card.
+        results: results.json files of timm-etf transfer and retrieval on this model, for its card.
         license: Licence of the weights, such as apache-2.0.
         private: Whether a new repository is private; by default as the organisation has it.
         revision: Branch, by default the main one.

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,7 @@ def embed(
     images: Tensor | Iterable[Any],
     space: Space = "frame",
     *,
+    classes: Sequence[str] | None = None,
     mean: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     strict: bool = False,
@@ -78,6 +79,8 @@ def embed(
         images: Preprocessed as the model expects it: one tensor [n, C, H, W], or batches of them, each a tensor or, as
             loaders give it, a sequence that begins with one.
         space: `"frame"`, or `"features"`: the pooled features, which no other training shares.
+        classes: Names of the classes to place images relative to, in their order; by default all of the model's. To
+            search the index of a model with fewer of them, or in another order: that model's. Not with `"features"`.
         mean: Of this model's own vectors of some dozen unlabelled images like those to be indexed, [K] or [d]; it is
             subtracted before the vectors get their length. Where in the space a model puts images of another kind than
             it was trained on is its own: without that, models agree better.
@@ -90,8 +93,8 @@ def embed(
         and of whether a mean was subtracted.
 
     Raises:
-        UsageError: If the model has not exactly one classifier or, with `strict`, no frame; if there are no images; if
-            an option is not one of those above or the vectors are not finite.
+        UsageError: If the model has not exactly one classifier or, with `strict`, no frame; if it lacks one of
+            `classes`; if there are no images; if an option is not one of those above or the vectors are not finite.
 
     Source:
         For simplexes: Biondi et al. 2023 (CoReS, arXiv 2111.07632), whose features are made to fill the frame's span.
@@ -109,8 +112,11 @@ def embed(
         raise UsageError(f"Unknown space {space!r}: use 'frame' or 'features'.")
     if dtype not in (torch.float32, torch.float16, torch.int8):
         raise UsageError(f"Vectors are torch.float32, torch.float16 or torch.int8, not {dtype}.")
+    if classes is not None and space == "features":
+        raise UsageError("Features are not relative to classes: leave classes out, or use space='frame'.")
     net: Any = model.eval()
     coordinates = Coordinates.of(net, strict=strict) if space == "frame" else None
+    coordinates = coordinates.among(classes) if coordinates and classes is not None else coordinates
     at = next(net.parameters())
     vectors: list[Tensor] = []
     for batch in images.split(_BATCH) if isinstance(images, Tensor) else images:
@@ -143,6 +149,7 @@ class Coordinates:
         kind: Of the frame, as far as its vectors' cosines depend on it; `"logits"` for an ordinary classifier.
         head: The classifier.
         basis: (W W')^{+1/2} W of a frame W, [K, d]; None where centred logits are that already, up to their scale.
+        places: Of the classes among the head's, where they are not all of them in its order.
     """
 
     names: tuple[str, ...]
@@ -150,6 +157,7 @@ class Coordinates:
     kind: str
     head: Any
     basis: Tensor | None
+    places: list[int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, *, strict: bool = False) -> "Coordinates":
@@ -177,6 +185,29 @@ class Coordinates:
         basis = None if head.frame == "simplex" else isometry(head.weight.flatten(1)).float()
         return cls(names, named, _kind(head), head, basis)
 
+    def among(self, names: Sequence[str]) -> "Coordinates":
+        """Coordinates relative to some of the classes, in a given order: those of a model that has no others.
+
+        Some vertices of a simplex are a simplex themselves, about another centre. Of any other frame the centred logits
+        are what is left.
+
+        Raises:
+            UsageError: If there are fewer than two, or one is given twice or not among the classes.
+        """
+        names = tuple(names)
+        if names == self.names:
+            return self
+        place = dict(zip(self.names, self.places or range(len(self.names)), strict=True))
+        if lacking := [name for name in names if name not in place]:
+            raise UsageError(
+                f"{len(lacking)} of the {len(names)} classes are not among this model's {len(place)}, such as "
+                f"{lacking[0]!r}: give names that it has."
+            )
+        if len(set(names)) < max(2, len(names)):
+            raise UsageError(f"Coordinates are relative to two classes or more, each given once; got {len(names)}.")
+        kind = self.kind if self.basis is None else "logits"
+        return replace(self, names=names, kind=kind, basis=None, places=[place[name] for name in names])
+
     @property
     def system(self) -> str:
         """Name of the coordinate system: equal for all models whose coordinates may be compared."""
@@ -194,6 +225,7 @@ class Coordinates:
     def logits(self, features: Tensor) -> Tensor:
         """Centred logits [n, K] of features [n, d], float32."""
         logits_NK = self.head(self._input(features)).flatten(1).float()
+        logits_NK = logits_NK if self.places is None else logits_NK[:, self.places]
         return logits_NK - logits_NK.mean(dim=1, keepdim=True)
 
     def _input(self, features: Tensor) -> Tensor:

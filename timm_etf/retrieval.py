@@ -1,5 +1,6 @@
 """Who finds whom: rankings of a gallery by cosine, in bounded memory, and the rotation between two spaces."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -11,7 +12,7 @@ __all__ = ["METRICS", "procrustes", "ranked"]
 METRICS = ("recall@1", "recall@5", "mAP")
 
 _SIMILARITIES = 1 << 23
-"""Similarities held at once, with an 8-byte number beside each."""
+"""Similarities held at once, and as many sorted ones."""
 
 
 def ranked(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[str, float]:
@@ -26,8 +27,7 @@ def ranked(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_label
     order of the gallery does not matter and a space in which everything is alike finds nothing.
 
     Memory is that of the vectors and of one block of similarities, whatever their number. The queries of a class are
-    ranked together, so that its images are one slice of the gallery; similarities are counted between those of that
-    slice, which are sorted, and the rest never is.
+    ranked together, so that its images are one slice of the gallery, whose places are looked up in the sorted block.
 
     Args:
         gallery: Vectors of any length but 0, [n, D].
@@ -70,13 +70,18 @@ def ranked(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_label
 def _ranks(similarities_BN: Tensor, own: slice) -> tuple[Tensor, Tensor]:
     """By query: images of other classes at least as near as the nearest of its own, [B]; average precision, [B]."""
     own_BP = similarities_BN[:, own].sort(dim=1).values
-    places_BN = torch.searchsorted(own_BP, similarities_BN.contiguous(), right=True)  # how many of the class are as far
-    counts = own_BP.new_zeros(len(own_BP), own_BP.shape[1] + 1, dtype=torch.int64)
-    counts.scatter_add_(1, places_BN, torch.ones_like(places_BN[:1, :1]).expand_as(places_BN))
-    at_least_BP = counts.flip(1).cumsum(1).flip(1)[:, 1:]  # of all images, how many are as near
+    ordered_BN = _in_order(similarities_BN)
+    at_least_BP = ordered_BN.shape[1] - torch.searchsorted(ordered_BN, own_BP)  # of all images, how many are as near
     own_at_least_BP = own_BP.shape[1] - torch.searchsorted(own_BP, own_BP)
     precisions_BP = own_at_least_BP.double() / at_least_BP
     return at_least_BP[:, -1] - own_at_least_BP[:, -1], precisions_BP.mean(1)
+
+
+def _in_order(values_BN: Tensor) -> Tensor:
+    """Every row in ascending order."""
+    if values_BN.device.type != "cpu":
+        return values_BN.sort(dim=1).values
+    return torch.from_numpy(np.sort(values_BN.numpy(), axis=1))  # torch's also gives places, and takes longer for it
 
 
 def procrustes(source: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from tests import commands
 from timm_etf import hub
-from timm_etf.hub.card import card, own_results
+from timm_etf.hub.card import card, own_results, own_searches
 
 SOURCE = {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.0, "epochs": 3, "seed": 5}
 GEOMETRY = {"nc1": 2.5, "cdnv": 0.375, "vci": 0.625, "within": 0.03125, "nc3": 1.25}
@@ -223,6 +223,45 @@ def test_a_mean_is_over_the_labels_own_targets() -> None:
     }
     mean = own_results(found, "a" * 64)["protocols"]["10-shot"]["mean"]
     assert (mean["accuracy"], mean["targets"], mean["difference"]) == (65.0, ["digits"], None)
+
+
+def searched(sha256: str = "a" * 64) -> dict[str, Any]:
+    """results.json of a retrieval study of one learned model and two ETF models, the second of which is ours."""
+
+    def pair(queries: str, gallery: str, trainings: list[list[int]], *recalls: float) -> dict[str, Any]:
+        spaces = {"coordinates": list(recalls), "Procrustes 30": list(recalls)}
+        spaces |= {"features": [r / 10 for r in recalls]} if queries == gallery else {}
+        found = {space: {"recall@1": values, "mAP": values} for space, values in spaces.items()}
+        return {"queries": queries, "gallery": gallery, "trainings": trainings, "spaces": found}
+
+    pairs = [
+        pair("learned", "learned", [[0, 0]], 90.0),
+        pair("learned", "etf", [[0, 1], [0, 2]], 50.0, 60.0),
+        pair("etf", "etf", [[1, 1], [2, 2]], 70.0, 80.0),
+        pair("etf", "learned", [[1, 0], [2, 0]], 30.0, 40.0),
+        pair("etf", "etf", [[1, 2], [2, 1]], 10.0, 20.0),
+    ]
+    on = {"gallery": 122, "queries": 37, "weights_sha256": ["b" * 64, None, sha256], "pairs": pairs}
+    head = {"settings": {}, "weights_sha256": {}, "notes": [], "missing": {}}
+    return head | {"retrieval": {"bars": on | {"compatibility": {}}}}
+
+
+def test_what_an_index_of_it_is_worth() -> None:
+    assert own_searches(searched("c" * 64), "a" * 64) == {}
+    text = card(CONFIG, {"retrieval": own_searches(searched(), "a" * 64)})
+    metadata(text)
+    lines = text.splitlines()
+    start = lines.index(
+        "| data (gallery, queries) | queries by | gallery of | pairs | features | coordinates | centred |"
+    )
+    assert lines[start + 2 : start + 8] == [
+        "| bars (122, 37) | this | this | 1 | 8.0 | 80.0 | - |",
+        "| bars (122, 37) | this | learned | 1 | - | 40.0 | - |",
+        "| bars (122, 37) | this | etf | 1 | 2.0 | 20.0 | - |",
+        "| bars (122, 37) | learned | this | 1 | - | 60.0 | - |",
+        "| bars (122, 37) | etf | this | 1 | 1.0 | 10.0 | - |",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("name", ["test_resnet_etf", "resnet10t_sw_etf"])

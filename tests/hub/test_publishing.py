@@ -11,7 +11,9 @@ import torch
 
 from tests.hub.conftest import Client
 from tests.hub.loopback import READ, WRITE, Fault, Hub
+from tests.hub.test_card import searched
 from timm_etf import UsageError, hub
+from timm_etf.atomic import file_sha256
 
 RESULTS = {"source": {"data": "shapes", "count": 37, "top1": 61.25, "top5": 100.0, "epochs": 3, "seed": 5}}
 
@@ -213,3 +215,17 @@ def test_results_of_other_weights_stay_off_the_card(run: Path, tmp_path: Path) -
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(UsageError, match=r"is not a results\.json of timm-etf transfer"):
         hub.plan(run, "org/name", results=[tmp_path / "results.json"])
+    (tmp_path / "results.json").write_text(json.dumps(searched("0" * 64)))
+    with pytest.raises(UsageError, match=r"measured other weights than these .* run timm-etf retrieval"):
+        hub.plan(run, "org/name", results=[tmp_path / "results.json"])
+    (tmp_path / "results.json").write_text('{"retrieval": {}}')
+    with pytest.raises(UsageError, match=r"is not a results\.json of timm-etf retrieval"):
+        hub.plan(run, "org/name", results=[tmp_path / "results.json"])
+
+
+def test_results_of_retrieval_go_on_the_card(run: Path, tmp_path: Path) -> None:
+    weights = file_sha256(run / "export" / "model.safetensors")
+    (tmp_path / "results.json").write_text(json.dumps(searched(weights)))
+    files = hub.gather(run, "org/name", results=[tmp_path / "results.json"])
+    assert "| bars (122, 37) | this | this | 1 | 8.0 | 80.0 | - |" in files["README.md"].decode()
+    assert json.loads(files["results.json"])["retrieval"]["bars"]["gallery"] == 122

@@ -18,9 +18,12 @@ from timm_etf.transfer import Target, open_splits
 NAMES = [f"class{k}" for k in range(5)]
 
 
-def export(folder: Path, name: str, weights: int, names: list[str] | None = NAMES, **fixed: Any) -> str:
+def export(
+    folder: Path, name: str, weights: int, names: list[str] | None = NAMES, classes: int = 0, **fixed: Any
+) -> str:
     torch.manual_seed(weights)
-    net = timm.create_model(name, num_classes=5, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    overlay = {"input_size": (3, 32, 32)}
+    net = timm.create_model(name, num_classes=classes or len(names or NAMES), pretrained_cfg_overlay=overlay)
     if fixed:
         fix_classifier(net, **fixed)
     hub.export(net, folder, label_names=names)
@@ -38,7 +41,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "reversed": export(root / "reversed", "test_resnet", 1, NAMES[::-1], frame="simplex", seed=0),
         "unnamed": export(root / "unnamed", "test_resnet", 1, None, frame="simplex", seed=0),
         "gaussian": export(root / "gaussian", "test_resnet", 1, frame="gaussian", seed=0),
-        "others": export(root / "others", "test_resnet", 1, [*NAMES[:-1], "other"]),
+        "more": export(root / "more", "test_resnet", 4, ["a", *NAMES[::-1], "b"], frame="simplex", seed=1),
+        "one": export(root / "one", "test_resnet", 1, [*NAMES[:1], *"abcd"]),
+        "unnamed-more": export(root / "unnamed-more", "test_resnet", 1, None, classes=7),
     }
 
 
@@ -187,7 +192,7 @@ def test_trainings_are_paired_in_their_order_or_all_with_all() -> None:
     ]
 
 
-def test_classes_are_matched_by_name_and_other_classes_refused(
+def test_classes_are_matched_by_name(
     measured: tuple[Path, dict[str, Any]], models: dict[str, str], images: Path, tmp_path: Path
 ) -> None:
     cache = {"features": measured[0] / "features", "fitted": ()}
@@ -203,16 +208,67 @@ def test_classes_are_matched_by_name_and_other_classes_refused(
     assert any(n.startswith("unnamed: one of it and the first model names no classes") for n in found["notes"])
     found = run(inputs(models, images, tmp_path / "kinds", "old", "gaussian", **cache))
     assert any("frames of different kinds" in note for note in found["notes"])
+
+
+def test_models_of_different_classes_meet_in_those_they_share(
+    measured: tuple[Path, dict[str, Any]], models: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    cache = {"features": measured[0] / "features", "fitted": ()}
+    found = run(inputs(models, images, tmp_path / "out", "old", "new=more", **cache))
+    assert any(n.startswith("new and old have 5 class names in common (of 7 and 5)") for n in found["notes"])
+    splits = open_splits(Target("bars", str(images), test="validation"))
+    places = {"old": list(range(5)), "new": [5, 4, 3, 2, 1]}  # of class0, class1, ... in the logits
+    vectors: dict[tuple[str, str, str], torch.Tensor] = {}
+    for label, name in (("old", "old"), ("new", "more")):
+        net = timm.create_model(models[name], pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+        for split in SIZES:
+            read = getattr(splits, split).read
+            with torch.no_grad():
+                logits = net(torch.stack([transform(read(i, "RGB")) for i in range(SIZES[split])])).double()
+            for space, z in (("all", logits), ("shared", logits[:, places[label]])):
+                vectors[label, split, space] = z - z.mean(1, keepdim=True)
+    labels = {s: torch.from_numpy(getattr(splits, s).labels) for s in SIZES}
+    for query, gallery, space in (("new", "old", "shared"), ("old", "new", "shared"), ("new", "new", "all")):
+        expected = by_ranking(
+            vectors[gallery, "train", space], labels["train"], vectors[query, "test", space], labels["test"]
+        )
+        measured_here = row(found, query, gallery, within=query == gallery)["spaces"]["coordinates"]
+        assert {m: v[0] for m, v in measured_here.items()} == pytest.approx(
+            {m: expected[m] for m in measured_here}, abs=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("one", "b and a have 1 class name in common (of 5 and 5), and coordinates are relative to two at least"),
+        ("unnamed-more", "b and a have no class names in common (of 7 and 5), and coordinates are relative to two"),
+    ],
+)
+def test_models_that_share_no_classes_are_refused(
+    measured: tuple[Path, dict[str, Any]], models: dict[str, str], images: Path, tmp_path: Path, other: str, said: str
+) -> None:
     done = commands.run(
-        *("retrieval", "--models", f"a={models['old']}", f"b={models['others']}", "--data", f"{images},name=bars"),
-        *("--out", tmp_path / "no", "--workers", "0", "--features", cache["features"]),
+        *("retrieval", "--models", f"a={models['old']}", f"b={models[other]}", "--data", f"{images},name=bars"),
+        *("--out", tmp_path / "no", "--workers", "0", "--features", measured[0] / "features"),
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        "error: b and the first model have different classes (5 and 5; 2 are of one alone, such as 'class4'), so they "
-        "share no coordinates: compare models of one class list."
-    )
+    assert done.stderr.splitlines()[-1].startswith(f"error: {said}")
     assert not (tmp_path / "no" / "results.json").exists()
+
+
+def test_processes_share_the_galleries(
+    measured: tuple[Path, dict[str, Any]], models: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    texts = [f"plain={models['plain']}", f"etf={models['old']}", f"etf={models['again']}", f"wide={models['wide']}"]
+    commands.run_ranks(
+        2,
+        *("retrieval", "--models", *texts, "--data", f"{images},name=bars,test=validation", "--out", tmp_path / "out"),
+        *("--workers", "0", "--fitted", "10", "100", "1000", "--features", measured[0] / "features"),
+    )
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["retrieval"] == json.loads(json.dumps(measured[1]["retrieval"]))
 
 
 def test_what_cannot_be_searched_is_refused(models: dict[str, str], images: Path, tmp_path: Path) -> None:

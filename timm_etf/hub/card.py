@@ -9,7 +9,19 @@ from typing import Any
 
 from timm_etf.atomic import write_text
 from timm_etf.frames import ClassTree
-from timm_etf.report.results import Checkpoint, Difference, Own, OwnProtocol, OwnRow, Transfer, read
+from timm_etf.report.results import (
+    Checkpoint,
+    Difference,
+    Own,
+    OwnGallery,
+    OwnProtocol,
+    OwnRow,
+    OwnSearch,
+    Pair,
+    Retrieval,
+    Transfer,
+    read,
+)
 
 PICTURE = "results.png"
 LOG = "log.jsonl"
@@ -55,7 +67,8 @@ def card(
 
     Args:
         config: config.json, as `export` writes it.
-        results: results.json: `source`, the source task's accuracy; `transfer`, a list of what `own_results` picks.
+        results: results.json: `source`, the source task's accuracy; `transfer`, a list of what `own_results` picks;
+            `retrieval`, what `own_searches` does.
         repo_id: Where the model is published; by default the card shows how to load a folder.
         license: The weights' licence, one of the Hub's identifiers such as `apache-2.0`.
         beside: Names of the files next to it: pictures are shown and a log and licences named if they are there.
@@ -100,6 +113,7 @@ def card(
             whitened="_sw" in config["architecture"],
             source=results.get("source"),
             transfer=transfer,
+            retrieval=results.get("retrieval", {}),
             difference=_difference,
             number=_number,
             losses=_losses(transfer),
@@ -168,6 +182,41 @@ def own_results(compared: Transfer, weights_sha256: str) -> Own | None:
         "versions": compared["settings"]["versions"],
         "protocols": protocols,
         "collapse": collapse,
+    }
+
+
+def own_searches(compared: Retrieval, weights_sha256: str) -> dict[str, OwnGallery]:
+    """What a retrieval study found for one checkpoint, by data set.
+
+    Args:
+        compared: results.json of `timm-etf retrieval`.
+        weights_sha256: Hash of the checkpoint's weights.
+
+    Returns:
+        recall@1 of its queries in its own gallery, in those of others, and of theirs in its own; empty if the study did
+        not contain these weights.
+    """
+    found: dict[str, OwnGallery] = {}
+    for data, on in compared["retrieval"].items():
+        if weights_sha256 in on["weights_sha256"]:
+            number = on["weights_sha256"].index(weights_sha256)
+            searches = [s for role in (0, 1) for pair in on["pairs"] if (s := _own_search(pair, number, role))]
+            found[data] = {"gallery": on["gallery"], "queries": on["queries"], "searches": searches}
+    return found
+
+
+def _own_search(pair: Pair, number: int, role: int) -> OwnSearch | None:
+    """A checkpoint's part of a pair of labels: of its queries (role 0), or of its gallery and the others' queries."""
+    places = [i for i, of in enumerate(pair["trainings"]) if of[role] == number]
+    within = pair["trainings"][0][0] == pair["trainings"][0][1]
+    if not places or (within and role):
+        return None
+    spaces = {s: sum(found["recall@1"][i] for i in places) / len(places) for s, found in pair["spaces"].items()}
+    return {
+        "queries": pair["queries"] if role else None,
+        "gallery": None if role or within else pair["gallery"],
+        "pairs": len(places),
+        "spaces": spaces,
     }
 
 

@@ -26,9 +26,9 @@ from huggingface_hub.utils import validate_repo_id
 from timm_etf.atomic import file_sha256
 from timm_etf.download import WEIGHTS
 from timm_etf.errors import UsageError, first_line
-from timm_etf.hub.card import DATA_LICENSES, LOG, PICTURE, card, own_results
+from timm_etf.hub.card import DATA_LICENSES, LOG, PICTURE, card, own_results, own_searches
 from timm_etf.hub.load import locate
-from timm_etf.report.results import Checkpoint, Own, Transfer, read
+from timm_etf.report.results import Checkpoint, Own, OwnGallery, Retrieval, Transfer, read, writer
 
 _FROM_EXPORT = (WEIGHTS, "config.json", "results.json")
 _FROM_RUN = (LOG, DATA_LICENSES)
@@ -97,7 +97,8 @@ def plan(
     Args:
         run: Folder of `timm-etf pretrain`, or one that `timm_etf.hub.export` wrote.
         repo_id: Repository, `org/name`.
-        results: results.json files of `timm-etf transfer` that measured these weights; their numbers go on the card.
+        results: results.json files of `timm-etf transfer` or `retrieval` that measured these weights; their numbers go
+            on the card.
         license: The weights' licence, one of the Hub's identifiers such as `apache-2.0`.
         revision: Branch; by default the main one.
         token: By default that of huggingface_hub's login.
@@ -231,8 +232,10 @@ def gather(
     located = locate(f"local-dir:{folder}")
     measured = read(found["results.json"], Checkpoint) if "results.json" in found else Checkpoint()
     sha256 = file_sha256(folder / WEIGHTS)
-    parts = [_own_results(path, sha256) for path in compared]
-    if parts:
+    searched = [path for path in compared if writer(path) is Retrieval]
+    if searches := {data: found for path in searched for data, found in _own_searches(path, sha256).items()}:
+        measured["retrieval"] = searches
+    if parts := [_own_results(path, sha256) for path in compared if path not in searched]:
         measured["transfer"] = parts
     files: dict[str, bytes | Path] = {WEIGHTS: found[WEIGHTS], "config.json": found["config.json"]}
     files["results.json"] = (json.dumps(measured, indent=2) + "\n").encode()
@@ -246,10 +249,21 @@ def gather(
 def _own_results(path: Path, sha256: str) -> Own:
     own = own_results(read(path, Transfer), sha256)
     if own is None:
-        raise UsageError(
-            f"{path} measured other weights than these (SHA-256 {sha256[:12]}...): run timm-etf transfer on this model."
-        )
+        raise _of_others(path, sha256, "transfer")
     return own
+
+
+def _own_searches(path: Path, sha256: str) -> dict[str, OwnGallery]:
+    own = own_searches(read(path, Retrieval), sha256)
+    if not own:
+        raise _of_others(path, sha256, "retrieval")
+    return own
+
+
+def _of_others(path: Path, sha256: str, verb: str) -> UsageError:
+    return UsageError(
+        f"{path} measured other weights than these (SHA-256 {sha256[:12]}...): run timm-etf {verb} on this model."
+    )
 
 
 def _picture(results: Checkpoint, log: Path | None) -> bytes | None:

@@ -137,6 +137,53 @@ class Transfer(Head):
     distance: NotRequired[Distance]
 
 
+class Pair(TypedDict):
+    """Queries of one label in galleries of another.
+
+    `trainings` are pairs of numbers, query before gallery; `spaces` has every metric of each of these, in percent.
+    """
+
+    queries: str
+    gallery: str
+    trainings: list[list[int]]
+    spaces: dict[str, dict[str, list[float]]]
+    difference: NotRequired[dict[str, list[float]]]
+    update_gain: NotRequired[dict[str, float | None]]
+
+
+class OnGallery(TypedDict):
+    """Retrieval on one data set; `weights_sha256` has the trainings in the order of their numbers."""
+
+    gallery: int
+    queries: int
+    weights_sha256: list[str | None]
+    pairs: list[Pair]
+    compatibility: dict[str, dict[str, float]]
+
+
+class Retrieval(Head):
+    """results.json of `timm-etf retrieval`, by data set."""
+
+    retrieval: dict[str, OnGallery]
+
+
+class OwnSearch(TypedDict):
+    """Mean recall@1 by space, percent, over a checkpoint's pairs with the trainings of a label; None is itself."""
+
+    queries: str | None
+    gallery: str | None
+    pairs: int
+    spaces: dict[str, float]
+
+
+class OwnGallery(TypedDict):
+    """What retrieval on one data set found for one checkpoint; the first of `searches` is with itself."""
+
+    gallery: int
+    queries: int
+    searches: list[OwnSearch]
+
+
 class OwnRow(Measured):
     """One training on one target, and its label's difference from the reference."""
 
@@ -180,16 +227,28 @@ class Checkpoint(TypedDict, total=False):
         schema: `SCHEMA`.
         source: The source task: `data`, `count`, `top1` and `top5` in percent, collapse metrics, how it was trained.
         transfer: One part for each comparison.
+        retrieval: By data set.
     """
 
     schema: int
     source: dict[str, Any]
     transfer: list[Own]
+    retrieval: dict[str, OwnGallery]
 
 
 _WRITERS: dict[type, str] = {Transfer: "timm-etf transfer", Checkpoint: "timm-etf pretrain or export"}
+_WRITERS[Retrieval] = "timm-etf retrieval"
 
-T = TypeVar("T", Transfer, Checkpoint)
+T = TypeVar("T", Transfer, Checkpoint, Retrieval)
+
+
+def writer(path: Path) -> type[Transfer] | type[Retrieval]:
+    """Which comparison a results.json is of; `Transfer` where it cannot be told, which `read` then refuses."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Transfer
+    return Retrieval if isinstance(found, dict) and "retrieval" in found else Transfer
 
 
 def read(path: Path, kind: type[T]) -> T:

@@ -1,5 +1,6 @@
 """`timm-etf retrieval`: does a new model find what an old one has indexed? Every model in every other's gallery."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm import tqdm
 
 from timm_etf.embedding import Coordinates
 from timm_etf.errors import UsageError
@@ -61,14 +64,14 @@ class Training:
 
     Attributes:
         label: Its label.
+        weights_sha256: Hash of its weights' file, if they are from one.
         coordinates: Of its features.
-        order: Places of the first model's classes among its own.
         folders: Of its features, by split.
     """
 
     label: str
+    weights_sha256: str | None
     coordinates: Coordinates
-    order: list[int]
     folders: dict[str, Path]
 
     def features(self, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -77,39 +80,41 @@ class Training:
         return torch.from_numpy(found.x).to(device), torch.from_numpy(found.y).to(device)
 
     def placed(self, features: Tensor, other: "Training") -> Tensor:
-        """Features in the coordinates that both trainings have, [n, K]; in centred logits where they have none."""
-        mine = self.coordinates
-        place = mine if mine.kind == other.coordinates.kind else mine.logits
-        return torch.cat([place(block)[:, self.order] for block in features.split(_BLOCK)])
+        """Features relative to the classes that both trainings have, [n, K]; in centred logits if frames differ."""
+        names = shared(self.coordinates, other.coordinates)
+        mine, theirs = (of.among(names) for of in (self.coordinates, other.coordinates))
+        place = mine if mine.kind == theirs.kind else mine.logits
+        return torch.cat([place(block) for block in features.split(_BLOCK)])
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Search every model's gallery with every model's queries and write the report, results.json and pictures.
 
-    Under accelerate's launcher the processes share the computation of features.
+    Under accelerate's launcher the processes share the computation of features and the galleries to be searched.
 
     Returns:
         What is in results.json: for each data set the metrics of every pair of labels, space and pair of trainings.
 
     Raises:
-        UsageError: If the inputs are wrong, a model has no classifier or other classes than the first, or nothing at
+        UsageError: If the inputs are wrong, a model has no classifier or shares no classes with another, or nothing at
             all could be computed.
     """
     study = Study(settings, settings.data)
     device = exact_device(processes().device)
     by_data: dict[str, list[Training]] = {}
-    first: Coordinates | None = None
+    seen: list[tuple[str, Coordinates]] = []
     for measured in study.measured():
-        coordinates = Coordinates.of(measured.model)
+        coordinates = joined(study, measured.number, Coordinates.of(measured.model), seen)
         coordinates.head.to(device)
-        first = first or coordinates
-        title = study.title(measured.number)
-        order, coordinates = aligned(study, title, coordinates, first)
+        seen.append((study.candidates[measured.number].label, coordinates))
+        weights = study.weights_sha256[measured.number]
         for pair in measured.pairs:
-            by_data.setdefault(pair.data, []).append(Training(pair.label, coordinates, order, pair.folders))
-    seen = [t.coordinates for trainings in by_data.values() for t in trainings]
-    if len({c.kind for c in seen}) > 1 and any(c.basis is not None for c in seen):
-        study.note("frames of different kinds have no coordinates in common: their pairs have centred logits instead")
+            by_data.setdefault(pair.data, []).append(Training(pair.label, weights, coordinates, pair.folders))
+    if len({(c.kind, c.names) for _, c in seen}) > 1 and any(c.basis is not None for _, c in seen):
+        study.note(
+            "frames of different kinds, or of different classes and no simplexes, have no coordinates in common: their "
+            "pairs have centred logits instead"
+        )
     found = {data: compare(study, data, trainings, settings, device) for data, trainings in by_data.items()}
     results = {"retrieval": found, **study.record()}
     results["settings"] |= {"fitted": list(settings.fitted), "seed": settings.seed}
@@ -118,27 +123,44 @@ def run(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def aligned(study: Study, title: str, mine: Coordinates, first: Coordinates) -> tuple[list[int], Coordinates]:
-    """Places of the first model's classes among those of another, and its coordinates as far as they survive that."""
-    places = list(range(len(mine.names)))
-    if len(mine.names) == len(first.names) and not (mine.named and first.named):
+def joined(study: Study, number: int, mine: Coordinates, seen: Sequence[tuple[str, Coordinates]]) -> Coordinates:
+    """A further model's coordinates beside those that were seen, and what is to be said about their classes.
+
+    Raises:
+        UsageError: If it has fewer than two classes in common with one of them.
+    """
+    title, label = study.title(number), study.candidates[number].label
+    first = seen[0][1] if seen else mine
+    if not (mine.named and first.named) and len(mine.names) == len(first.names):
         if mine.named != first.named:
             study.note(f"{title}: one of it and the first model names no classes; they are taken to be in one order")
-        return places, mine
-    if sorted(mine.names) != sorted(first.names):
-        only = sorted(set(mine.names) ^ set(first.names))
-        such = f", such as {only[0]!r}" if only else ""
-        raise UsageError(
-            f"{title} and the first model have different classes ({len(mine.names)} and {len(first.names)}; "
-            f"{len(only)} are of one alone{such}), so they share no coordinates: compare models of one class list."
-        )
-    if mine.names == first.names:
-        return places, mine
-    study.note(f"{title}: its classes are in another order than the first model's; re-ordered by name")
-    # Classes of a simplex are all alike; the vectors of another frame have their places.
-    return [mine.names.index(name) for name in first.names], (
-        mine if mine.basis is None else replace(mine, kind="logits", basis=None)
-    )
+        mine = replace(mine, names=first.names, named=first.named)
+    for other, theirs in seen:
+        counts = f"{len(mine.names)} and {len(theirs.names)}"
+        common = len(shared(mine, theirs))
+        if common < 2:
+            raise UsageError(
+                f"{title} and {other} have {common or 'no'} class name{'s' if common != 1 else ''} in common (of "
+                f"{counts}), and coordinates are relative to two at least: compare models whose classes overlap."
+            )
+        if common < max(len(mine.names), len(theirs.names)):
+            study.note(
+                f"{label} and {other} have {common} class names in common (of {counts}): where they meet, coordinates "
+                "are relative to those alone, centred among them"
+            )
+    if mine.names != first.names and sorted(mine.names) == sorted(first.names):
+        study.note(f"{title}: its classes are in another order than the first model's; re-ordered by name")
+    return mine
+
+
+def shared(mine: Coordinates, other: Coordinates) -> tuple[str, ...]:
+    """Names of the classes that both have, in one order for both; without those that one of them has twice."""
+    if mine.names == other.names:
+        return mine.names
+    if not (mine.named and other.named):  # equal numbers are not equal classes
+        return ()
+    once = ({name for name, count in Counter(c.names).items() if count == 1} for c in (mine, other))
+    return tuple(sorted(set.intersection(*once)))
 
 
 def compare(
@@ -157,22 +179,47 @@ def compare(
             raise UsageError(f"{data}: not every model could read the same images: remove those that are damaged.")
         examples.append(x[torch.from_numpy(chosen)])
     rows = list(pairings([t.label for t in trainings]))
-    found: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
-    for g, gallery in enumerate(trainings):
-        x, y = gallery.features("train", device)
-        for q in dict.fromkeys(q for _, _, pairs in rows for q, of in pairs if of == g):
-            x_q, y_q = trainings[q].features("test", device)
-            asked = placements(trainings[q], gallery, x_q, examples[q], fitted if q != g else ())
-            indexed = placements(gallery, trainings[q], x, examples[g], fitted if q != g else ())
-            found[q, g] = {}
-            for (space, by, few_q), (_, of, few) in zip(asked, indexed, strict=True):
-                if few_q is not None and few is not None:
-                    by = by @ procrustes(few_q, few)
-                if by.shape[1] == of.shape[1]:
-                    found[q, g][space] = ranked(of, y, by, y_q)
+    asked = {g: list(dict.fromkeys(q for _, _, of in rows for q, to in of if to == g)) for g in range(len(trainings))}
+    state = processes()
+    mine = list(asked)[state.process_index :: state.num_processes]
+    found: Found = {}
+    hidden = None if state.is_main_process else True
+    for g in tqdm(mine, desc=f"search of {data}", unit="gallery", leave=False, disable=hidden):
+        found |= search(trainings, g, asked[g], examples, fitted, device)
+    found = {pair: metrics for part in gather_object([found]) for pair, metrics in part.items()}
     pairs = [_row(labels, pairs, found) for *labels, pairs in rows]
-    queries = found[0, 0]["coordinates"]["queries"]
-    return {"gallery": gallery_size, "queries": queries, "pairs": pairs, "compatibility": compatibility(pairs)}
+    about: dict[str, Any] = {"gallery": gallery_size, "queries": found[0, 0]["coordinates"]["queries"]}
+    about |= {"weights_sha256": [t.weights_sha256 for t in trainings]}
+    return {**about, "pairs": pairs, "compatibility": compatibility(pairs)}
+
+
+Found = dict[tuple[int, int], dict[str, dict[str, float]]]
+"""Metrics by the trainings of queries and gallery, and by space."""
+
+
+def search(
+    trainings: Sequence[Training],
+    g: int,
+    asked: Sequence[int],
+    examples: Sequence[Tensor],
+    fitted: Sequence[int],
+    device: torch.device,
+) -> Found:
+    """The gallery of one training, searched with the queries of those that ask it."""
+    gallery, found = trainings[g], Found()
+    x, y = gallery.features("train", device)
+    for q in asked:
+        x_q, y_q = trainings[q].features("test", device)
+        turned = fitted if q != g else ()
+        asking = placements(trainings[q], gallery, x_q, examples[q], turned)
+        indexed = placements(gallery, trainings[q], x, examples[g], turned)
+        found[q, g] = {}
+        for (space, by, few_q), (_, of, few) in zip(asking, indexed, strict=True):
+            if few_q is not None and few is not None:
+                by = by @ procrustes(few_q, few)
+            if by.shape[1] == of.shape[1]:
+                found[q, g][space] = ranked(of, y, by, y_q)
+    return found
 
 
 def placements(
