@@ -127,6 +127,7 @@ class _Problem:
             if gap <= allowed / 10:
                 break
             for length in _LENGTHS:
+                p_NK = None  # or a shorter step would hold three of them
                 w_KR = self.w_KR + length * step_KR
                 loss, loss_gradient, p_NK = self.evaluate(w_KR)
                 new_objective, new_gradient = self.objective(w_KR, loss, loss_gradient)
