@@ -123,7 +123,7 @@ def test_every_narrow_arm_can_be_trained_and_the_table_pairs_seeds(data_root: Pa
 
 @pytest.mark.slow
 def test_names_are_added_with_few_images(data_root: Path, tmp_path: Path) -> None:
-    small = ("--epochs", 2, "--tuning-epochs", 1, "--shots", 2, 3, "--seeds", 2)
+    small = ("--epochs", 2, "--tuning-epochs", 1, "--shots", 2, 3, "--seeds", 2, "--pretrain", "--batch-size", 8)
     code = f"import runpy; runpy.run_path({str(EXAMPLES / 'growing' / 'growing.py')!r}, run_name='__main__')"
     arguments = (tmp_path / "out", "--data-root", data_root, *small)
     done = commands.run(*arguments, code=code, check=True)
@@ -157,11 +157,13 @@ def test_imprinted_rows_lie_along_class_means_and_old_ones_stay(data_root: Path,
 
 @pytest.mark.slow
 def test_trees_are_trained_and_measured(data_root: Path, tmp_path: Path) -> None:
-    small = ("--sources", "glyphs", "--seeds", 1, "--epochs", 2, "--jobs", 1)
+    arms = ("learned, coarse heads", "tree, gram loss")
+    small = ("--sources", "glyphs", "--arms", *arms, "--seeds", 1, "--epochs", 2, "--jobs", 1)
     code = f"import runpy; runpy.run_path({str(EXAMPLES / 'class_trees' / 'class_trees.py')!r}, run_name='__main__')"
     done = commands.run(tmp_path / "out", "--data-root", data_root, *small, code=code, check=True, timeout=280)
     assert " failed" not in done.stdout
     found = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]["glyphs"]["arms"]
+    assert tuple(found) == arms
     for of in found.values():
         assert {"severity", "hd5", "crm_hd1", "mahp", "siblings"} <= of["runs"]["0"]["seen"].keys()
         assert "mahp" in of["runs"]["0"]["held-out"]
