@@ -49,10 +49,20 @@ class Findings:
         """Those that any arm was measured under."""
         return [p for p in PROTOCOLS if any(self.means(arm, p, "headline") for arm in self.arms)]
 
+    def title(self, protocol: str, half: str) -> str:
+        """A protocol, with its targets and trainings where it has not been measured on all."""
+        runs = [run.get("transfer", {}).get(protocol, {}) for run in self.arms[RECIPE]["runs"].values()]
+        targets = [t for t in self.settings[half] if any(t in run for run in runs)]
+        trainings = sum(bool(run) for run in runs)
+        limits = [] if len(targets) == len(self.settings[half]) else [", ".join(targets)]
+        limits += [] if trainings == len(runs) else [f"{trainings} seeds"]
+        return f"{protocol} ({'; '.join(limits)})" if limits else protocol
+
     def table(self, half: str) -> list[str]:
         """Rows of accuracies and of differences from the first arm."""
         protocols = [p for p in self.protocols if any(self.means(arm, p, half) for arm in self.arms)]
-        lines = [f"| arm | seeds | source top-1 | {' | '.join(protocols)} |", f"|{'---|' * (3 + len(protocols))}"]
+        titles = " | ".join(self.title(p, half) for p in protocols)
+        lines = [f"| arm | seeds | source top-1 | {titles} |", f"|{'---|' * (3 + len(protocols))}"]
         for name, arm in self.arms.items():
             if not arm["runs"]:
                 continue
@@ -69,7 +79,8 @@ class Findings:
 
     def recipe_less(self, half: str) -> list[str]:
         """Rows of differences of the recipe from every other arm."""
-        lines = [f"| {RECIPE}, less | {' | '.join(self.protocols)} |", f"|{'---|' * (1 + len(self.protocols))}"]
+        titles = " | ".join(self.title(p, half) for p in self.protocols)
+        lines = [f"| {RECIPE}, less | {titles} |", f"|{'---|' * (1 + len(self.protocols))}"]
         for name in self.arms:
             paired = [self.difference(RECIPE, name, protocol, half) for protocol in self.protocols]
             if name != RECIPE and any(paired):
