@@ -218,6 +218,7 @@ def test_a_run_goes_on_from_its_own_classifier(images: Path, ready: Path, tmp_pa
     assert (cfg["mean"], cfg["std"]) == ([0.1], [0.7])
 
 
+@pytest.mark.slow
 def test_a_conversion_resumes_to_the_bit(images: Path, ready: Path, tmp_path: Path) -> None:
     arguments = ("--images", images, "--epochs", 3, "--lr", 1e-3, "--batch-size", 16, "--img-size", 32, "--workers", 1)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

@@ -112,6 +112,7 @@ def test_features_are_those_of_any_loader(images: Path, decoded: Path, monkeypat
         assert (found.y == expected.y).all()
 
 
+@pytest.mark.slow
 def test_commands_train_and_fine_tune_with_images_in_memory(images: Path, tmp_path: Path) -> None:
     places = (STUDY, tmp_path / "decoded")
     training = arguments(images, tmp_path / "run", "--color-jitter", 0)

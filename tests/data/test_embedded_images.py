@@ -185,7 +185,7 @@ def test_a_folder_of_someone_else_is_refused_and_kept(tmp_path: Path, record: st
     assert (other / "mine.txt").read_text() == "keep"
 
 
-@pytest.mark.parametrize("package", ["qtawesome", "mlxtend"])
+@pytest.mark.parametrize("package", ["qtawesome", pytest.param("mlxtend", marks=pytest.mark.slow)])
 def test_a_missing_package_is_one_line_that_names_the_extra(tmp_path: Path, package: str) -> None:
     """In a process whose site-packages really lack the package and its metadata."""
     site = tmp_path / "site"

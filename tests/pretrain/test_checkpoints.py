@@ -37,7 +37,7 @@ def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(straight: Pat
 
 
 def test_a_run_goes_on_from_each_of_its_checkpoints(images: Path, straight: Path, tmp_path: Path) -> None:
-    for name in ("epoch-0000-step-000003", "epoch-0003-step-000000", "epoch-0005-step-000006"):
+    for name in ("epoch-0000-step-000003", "epoch-0005-step-000006"):
         out = tmp_path / name
         shutil.copytree(straight, out)
         for other in names(out):

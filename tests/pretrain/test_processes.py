@@ -215,7 +215,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("launch", [[], "-m torch.distributed.run --standalone --nproc-per-node 2".split()])
+TWO = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+
+
+@pytest.mark.parametrize("launch", [[], pytest.param(TWO, marks=pytest.mark.slow)])
 def test_a_crash_ends_every_process(images: Path, tmp_path: Path, launch: list[str]) -> None:
     (tmp_path / "crash.py").write_text(CRASH)
     command = [sys.executable, *launch, str(tmp_path / "crash.py")]

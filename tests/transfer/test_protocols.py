@@ -168,6 +168,7 @@ def test_too_few_images_for_a_shot() -> None:
         fewshot(blobs(20, seed=1), blobs(20, seed=2), 10)
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_a_function_of_its_seed_for_any_number_of_workers(images: Path) -> None:
     [target], _ = find_targets([f"{images},name=bars,test=validation,hflip=yes"], images)
     splits = open_splits(target)

@@ -330,6 +330,7 @@ def test_a_kept_model_is_the_one_that_was_scored(
     assert (measured / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_differences_are_shown_over_the_distance_from_the_source(models: Path, images: Path, tmp_path: Path) -> None:
     for name, level in (("near", 0), ("middle", 60), ("far", 120)):
         shutil.copytree(images, tmp_path / name)
