@@ -17,8 +17,8 @@ _FLOOR = 0.1
 _REACH = 4.0
 _ON_THE_WAY = 0.1
 _LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
-_BLOCK = 8192
-"""Samples at once: memory is that of the rotated features and of two sets of probabilities, [N, R] and [N, K]."""
+_BLOCK = 4096
+"""Samples at once: memory is that of the rotated features and of the probabilities, [N, R] and [N, K]."""
 
 
 def logistic_path(
@@ -103,18 +103,18 @@ class _Problem:
         self.penalty = 0.0
         self.w_KR = x_NR.new_zeros(num_classes, x_NR.shape[1])
         self.sums_KR = torch.zeros_like(self.w_KR).index_add_(0, y, x_NR)
-        self.loss, self.loss_gradient_KR, self.p_NK = self.evaluate(self.w_KR)
+        self.p_NK = x_NR.new_empty(len(y), num_classes)
+        self.loss, self.loss_gradient_KR = self.evaluate(self.w_KR)
         self.diagonal_KR = self.diagonal()
 
-    def evaluate(self, w_KR: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Mean cross-entropy, its gradient, and the probabilities [N, K]."""
-        p_NK = self.x_NR.new_empty(len(self.y), len(w_KR))
+    def evaluate(self, w_KR: Tensor) -> tuple[float, Tensor]:
+        """Mean cross-entropy and its gradient; the probabilities are those of these weights from now on."""
         loss, expected_KR = 0.0, torch.zeros_like(self.sums_KR)
-        for x_BR, p_BK, y_B in zip(*(t.split(_BLOCK) for t in (self.x_NR, p_NK, self.y)), strict=True):
+        for x_BR, p_BK, y_B in zip(*(t.split(_BLOCK) for t in (self.x_NR, self.p_NK, self.y)), strict=True):
             p_BK.copy_(torch.log_softmax(x_BR @ w_KR.T, dim=1))
             loss -= p_BK.gather(1, y_B[:, None]).sum().item()
             expected_KR.addmm_(p_BK.exp_().T, x_BR)
-        return loss / len(self.y), (expected_KR - self.sums_KR) / len(self.y), p_NK
+        return loss / len(self.y), (expected_KR - self.sums_KR) / len(self.y)
 
     def solve(self, penalty: float, tolerance: float) -> Tensor:
         """Minimise loss + penalty/2 |W|^2 from where the last solution was."""
@@ -127,16 +127,16 @@ class _Problem:
             if gap <= allowed / 10:
                 break
             for length in _LENGTHS:
-                p_NK = None  # or a shorter step would hold three of them
                 w_KR = self.w_KR + length * step_KR
-                loss, loss_gradient, p_NK = self.evaluate(w_KR)
+                loss, loss_gradient = self.evaluate(w_KR)
                 new_objective, new_gradient = self.objective(w_KR, loss, loss_gradient)
                 if new_objective <= objective - _SUFFICIENT * length * 2 * gap:
                     break
             else:  # rounding: nothing makes it smaller
+                self.evaluate(self.w_KR)  # for its probabilities
                 break
             is_quadratic = length == 1 and abs((objective - new_objective) / gap - 1) < 0.5
-            self.w_KR, self.loss, self.loss_gradient_KR, self.p_NK = w_KR, loss, loss_gradient, p_NK
+            self.w_KR, self.loss, self.loss_gradient_KR = w_KR, loss, loss_gradient
             self.diagonal_KR = self.diagonal()
             objective, gradient = new_objective, new_gradient
             # What is left after such a step is what the step left of its own quadratic model.
