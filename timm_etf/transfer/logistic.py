@@ -59,7 +59,7 @@ def logistic_path(
     solutions = x_NR.new_empty(len(strengths), num_classes, len(basis_DR) + 1)
     # A first step that no penalty holds may end where probabilities are 0 and 1 and Newton's method is lost: the way
     # starts where the penalty outweighs every direction of the features, and goes down in small steps.
-    strength = x_NR.square().sum(0).max().item()
+    strength = torch.linalg.vector_norm(x_NR, dim=0).max().item() ** 2
     for s in sorted(range(len(strengths)), key=lambda i: -strengths[i]):
         while strength > _REACH * strengths[s]:
             problem.solve(strength / n, _ON_THE_WAY)
