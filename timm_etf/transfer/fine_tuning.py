@@ -23,7 +23,7 @@ Head = Literal["learned", "etf", "nearest"]
 means of the pretrained features."""
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
-"""Wide, because features of a small scale, such as those before a projector, want a larger one."""
+"""Wide: a model whose best rate is at an end of them is compared by the grid, not by what it has learned."""
 WEIGHT_DECAY = 1e-4
 
 
