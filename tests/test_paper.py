@@ -50,6 +50,7 @@ def test_the_commands_are_complete(tmp_path: Path, scale: str, architectures: in
         settings = SETTINGS.get(verb, PretrainConfig)
         tyro.cli(settings, args=with_recipe(arguments) if verb == "pretrain" else arguments).check()  # type: ignore[attr-defined]
     heads = [tyro.cli(Transfer, args=job.command[1:]) for job in stages["transfer"][:3]]
+    assert [len(t.targets) for t in heads] == ([5, 2, 2] if scale == "small" else [8, 8, 8])
     assert [(t.finetune_head, t.keep_models) for t in heads] == [("learned", True), ("etf", False), ("nearest", False)]
 
 
@@ -63,10 +64,10 @@ def test_the_plan_counts_what_is_there_and_measures_the_rate(tmp_path: Path) -> 
     made = paper.Paper(tmp_path, paper.SCALES["small"], options(tmp_path, rate=100.0))
     assert "100 images/s, as --rate says" in made.plan()
     assert (
-        f"9 trainings of 0.25 million images, 0 of them there: {9 * 12 * 21_163 / 100 / 3600:.1f} hours" in made.plan()
+        f"9 trainings of 0.17 million images, 0 of them there: {9 * 8 * 21_163 / 100 / 3600:.1f} hours" in made.plan()
     )
     assert (
-        f"0 of them there, 270 fine-tunings of 100 steps under each: {3 * 270 * 6400 / 100 / 3600:.1f} hours"
+        f"0 of them there, {9 * 6 * 9} fine-tunings of 100 steps left: {9 * 6 * 9 * 6400 / 100 / 3600:.1f} hours"
         in made.plan()
     )
     for job in [*made.stages["pretraining"][:2], made.stages["transfer"][1]]:
@@ -75,9 +76,9 @@ def test_the_plan_counts_what_is_there_and_measures_the_rate(tmp_path: Path) -> 
     lines = [{"epoch": 0, "top1": 1.0}, *({"epoch": e, "images_per_second": 150.0 + 50 * e} for e in (1, 2))]
     (made.stages["pretraining"][0].out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "225 images/s, as measured in 2 epochs" in made.plan()
-    assert f"2 of them there: {7 * 12 * 21_163 / 225 / 3600:.1f} hours" in made.plan()
+    assert f"2 of them there: {7 * 8 * 21_163 / 225 / 3600:.1f} hours" in made.plan()
     assert (
-        f"1 of them there, 270 fine-tunings of 100 steps under each: {2 * 270 * 6400 / 225 / 3600:.1f} hours"
+        f"1 of them there, {9 * 6 * 7} fine-tunings of 100 steps left: {9 * 6 * 7 * 6400 / 225 / 3600:.1f} hours"
         in made.plan()
     )
 
@@ -171,7 +172,7 @@ def test_a_signal_stops_everything(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert log.read_text().count("stopped 7") == 2
-    assert "9 trainings of 0.25 million images, 0 of them there" in capsys.readouterr().out
+    assert "9 trainings of 0.17 million images, 0 of them there" in capsys.readouterr().out
 
 
 # What is read
@@ -240,8 +241,8 @@ def test_the_findings_are_those_of_the_results(tmp_path: Path) -> None:
     assert found["targets"]["a"]["group"] == "near"
     assert "incomplete" not in found["targets"]
     etf = np.mean([np.subtract(accuracy["etf"][t]["z"], accuracy["learned"][t]["z"]) for t in "abcd"], axis=0)
-    assert found["target_heads"]["etf"]["z"]["less_learned"]["by_training"] == pytest.approx(etf)
-    assert found["target_heads"]["learned"]["z"]["less_learned"]["mean"] == 0
+    assert found["target_heads"]["classifiers"]["etf"]["z"]["less_learned"]["by_training"] == pytest.approx(etf)
+    assert found["target_heads"]["classifiers"]["learned"]["z"]["less_learned"]["mean"] == 0
     text = (tmp_path / "claim.md").read_text()
     assert text.startswith("# net: 3 trainings of each method, 4 targets")
     low, high = slopes.mean() - half, slopes.mean() + half
@@ -295,7 +296,7 @@ def test_a_toy_from_one_command(tmp_path: Path, images: Path, monkeypatch: pytes
     out = tmp_path / "out"
     found = json.loads((out / "results.json").read_text())["test_resnet"]
     assert list(found["targets"]) == ["kanji", "armenian", "mnist-5k"]
-    assert list(found["target_heads"]) == ["learned", "etf", "nearest"]
+    assert list(found["target_heads"]["classifiers"]) == ["learned", "etf", "nearest"]
     assert found["missing"] == {}
     assert set(found["covariance_of_test_features"]["kanji"]) == {
         f"{head}{tuned}" for head in paper.HEADS for tuned in ("", " tuned")

@@ -7,6 +7,7 @@ over them, and its interval is 95 %, t.
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -88,22 +89,19 @@ class Findings:
         return {**summary(ours), "less_reference": apart}
 
     def heads(self) -> dict[str, Any]:
-        """Mean accuracy over targets under each classifier of the target, and its difference from the learned one's."""
+        """Accuracy under each classifier of the target, and less the learned one's; means over targets of all."""
+        folders = [path / self.architecture for path in (self.out / "transfer", *sorted(self.out.glob("heads/*")))]
+        results = [_read(path) for path in folders if (path / "results.json").exists()]
+        by_head = {told["settings"]["finetune_head"]: accuracies(told) for told in results}
+        targets = [target for target in self.accuracies if all(target in of for of in by_head.values())]
         found: dict[str, Any] = {}
-        for path in [self.out / "transfer", *sorted(self.out.glob("heads/*"))]:
-            if not (path / self.architecture / "results.json").exists():
-                continue
-            told = _read(path / self.architecture)
-            measured = accuracies(told)
-            targets = [target for target in self.accuracies if target in measured]
-            for label in (self.reference, *self.others) if targets else ():
-                ours, learned = (np.mean([a[t][label] for t in targets], axis=0) for a in (measured, self.accuracies))
-                of_head = found.setdefault(told["settings"]["finetune_head"], {})
-                of_head[label] = {
-                    "accuracy": summary(ours.tolist()),
-                    "less_learned": summary((ours - learned).tolist()),
-                }
-        return found
+        for (head, measured), label in product(by_head.items(), (self.reference, *self.others) if targets else ()):
+            ours, learned = (np.mean([a[t][label] for t in targets], axis=0) for a in (measured, self.accuracies))
+            found.setdefault(head, {})[label] = {
+                "accuracy": summary(ours.tolist()),
+                "less_learned": summary((ours - learned).tolist()),
+            }
+        return {"targets": targets, "classifiers": found}
 
     def as_json(self) -> dict[str, Any]:
         """Everything that is said."""
@@ -207,12 +205,13 @@ def table(architecture: str, found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| **mean of {name}** | {' | '.join([*cells, *(shown(found['gain'][la][name]) for la in others)])} |"
         )
-    lines += ["", "## Classifiers of the target, mean over targets", ""]
-    heads = list(found["target_heads"])
+    compared = found["target_heads"]["classifiers"]
+    lines += ["", f"## Classifiers of the target, mean of {', '.join(found['target_heads']['targets'])}", ""]
+    heads = list(compared)
     lines += [f"| pretrained | {' | '.join([*heads, *(f'{h} - {heads[0]}' for h in heads[1:])])} |"]
     lines += [f"|{'---|' * (2 * len(heads))}"]
     for label in labels:
-        of_label = [found["target_heads"][head][label] for head in heads]
+        of_label = [compared[head][label] for head in heads]
         cells = [f"{of['accuracy']['mean']:.1f}" for of in of_label] + [
             shown(of["less_learned"]) for of in of_label[1:]
         ]

@@ -63,11 +63,14 @@ class Scale:
     """Of a fine-tuning, of 64 images each."""
     measure: str = ""
     """Further options of transfer."""
+    heads_on: tuple[str, ...] = ()
+    """Targets on which their classifiers are compared; by default all."""
 
-    @property
-    def targets(self) -> list[str]:
-        """With their groups, as transfer takes them."""
-        return [f"{t},group={group}" for group in ("near", "far") for t in getattr(self, group)]
+    def targets(self, target_head: str = TARGET_HEADS[0]) -> list[str]:
+        """That a classifier of the target is tuned on, with their groups, as transfer takes them."""
+        every = [(t, group) for group in ("near", "far") for t in getattr(self, group)]
+        some = self.heads_on if target_head != TARGET_HEADS[0] else ()
+        return [f"{target},group={group}" for target, group in every if not some or target in some]
 
 
 SCALES = {
@@ -75,13 +78,14 @@ SCALES = {
         weights={"resnet10t": 22},
         seeds=3,
         pretrain="--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --weight-decay 5e-4 "
-        "--epochs 4 --epoch-repeats 3 --warmup-epochs 1 --lr 0.2 --checkpoint-hist 1",
+        "--epochs 4 --epoch-repeats 2 --warmup-epochs 1 --lr 0.2 --checkpoint-hist 1",
         batch=64,
-        images=12 * 21_163,
+        images=8 * 21_163,
         near=("icons-novel", "emoji-subcategory"),
         far=("kanji", "armenian", "mnist-5k"),
         figure="kanji",
         steps=100,
+        heads_on=("emoji-subcategory", "kanji"),
     ),
     "full": Scale(
         weights={"resnet50": 102, "resnet101": 178},
@@ -130,7 +134,7 @@ class Paper:
             raise UsageError(
                 f"No folder {self.source}/train: --data-dir names the source (timm-etf data build offline)."
             )
-        _, missing = find_targets(self.scale.targets, self.options.data_root)
+        _, missing = find_targets(self.scale.targets(), self.options.data_root)
         if missing:
             raise UsageError("; ".join(f"{target} is {reason}" for target, reason in missing.items()))
 
@@ -158,7 +162,14 @@ class Paper:
     def _transfers(self) -> list[Job]:
         found, scale = [], self.scale
         for architecture, target_head in product(scale.weights, self.options.target_heads):
-            command = ["transfer", *self._measured(architecture), "--targets", *scale.targets, "--seeds", "1"]
+            command = [
+                "transfer",
+                *self._measured(architecture),
+                "--targets",
+                *scale.targets(target_head),
+                "--seeds",
+                "1",
+            ]
             command += ["--finetune-steps", str(scale.steps), "--finetune-head", target_head]
             out = self.out / f"heads/{target_head}" / architecture
             if target_head == TARGET_HEADS[0]:
@@ -193,22 +204,24 @@ class Paper:
     def plan(self) -> str:
         """What is left to do, and about how long it takes."""
         scale, stages = self.scale, self.stages
-        targets, lines, total = len(scale.near + scale.far), [], 0.0
+        lines, total = [], 0.0
         for architecture, megabytes in scale.weights.items():
             trainings = [job for job in stages["pretraining"] if job.out.name.startswith(f"{architecture}-")]
             transfers = [job for job in stages["transfer"] if job.out.name == architecture]
             rate, how = self._rate(trainings)
-            left, measuring = (sum(not job.done for job in jobs) for jobs in (trainings, transfers))
-            tunings = len(trainings) * targets * TUNINGS
-            hours = [n / rate / 3600 for n in (left * scale.images, measuring * tunings * scale.steps * 64)]
+            left = sum(not job.done for job in trainings)
+            by_head = zip(self.options.target_heads, transfers, strict=True)
+            measuring = [scale.targets(head) for head, job in by_head if not job.done]
+            tunings = len(trainings) * TUNINGS * sum(map(len, measuring))
+            hours = [n / rate / 3600 for n in (left * scale.images, tunings * scale.steps * 64)]
             total += sum(hours)
-            disk = len(trainings) * megabytes * (4 + targets) / 1000
+            disk = len(trainings) * megabytes * (4 + len(scale.targets())) / 1000
             lines += [
                 f"{architecture}, {how}:",
                 f"  {len(trainings)} trainings of {scale.images / 1e6:.2f} million images, "
                 f"{len(trainings) - left} of them there: {hours[0]:.1f} hours",
-                f"  {len(transfers)} classifiers on {targets} targets, {len(transfers) - measuring} of them there, "
-                f"{tunings} fine-tunings of {scale.steps} steps under each: {hours[1]:.1f} hours",
+                f"  {len(transfers)} classifiers of the targets, {len(transfers) - len(measuring)} of them there, "
+                f"{tunings} fine-tunings of {scale.steps} steps left: {hours[1]:.1f} hours",
                 f"  about {disk:.1f} GB of weights, and the targets' features",
             ]
         processes = self.options.processes
