@@ -1,4 +1,4 @@
-"""Read OUT/results.json of study.py; write OUT/report.md and OUT/waterfall.png: python examples/study/report.py OUT."""
+"""Read OUT/results.json of study.py; write OUT/report.md and two pictures: python examples/study/report.py OUT."""
 
 import json
 import sys
@@ -20,6 +20,13 @@ STEPS = {
 }
 """What the recipe's gain is made of, one change after the other."""
 RECIPE = list(STEPS)[-1]
+COMPARED = {
+    "simplex, no projector - learned": ("simplex, CE", "learned, CE", COLOURS[0]),
+    "simplex behind a projector - learned": (RECIPE, "learned, CE", COLOURS[1]),
+    "what of it is the frame's: less a learned twin": (RECIPE, "learned, CE, projector", COLOURS[2]),
+}
+"""Differences that are drawn: of which arm, from which, and the colour."""
+HALVES = {"headline": "Targets that nothing was tuned on", "choice": "Targets that arms may be chosen by"}
 PROTOCOLS = ("probe", "knn", "1-shot", "5-shot", "10-shot", "finetune")
 
 
@@ -87,6 +94,25 @@ class Findings:
                 lines.append(f"| {name} | {' | '.join(shown(each) if each else '-' for each in paired)} |")
         return lines
 
+    def fine_tuned(self) -> list[str]:
+        """Rows of the recipe and the first arm, fine-tuned, target by target."""
+        lines = [f"| target | {self.reference} | {RECIPE} | difference |", "|---|---|---|---|"]
+        runs = {name: self.arms[name]["runs"] for name in (self.reference, RECIPE)}
+        for target in self.settings["headline"]:
+            ours, theirs = (
+                {
+                    s: run["transfer"]["finetune"][target]
+                    for s, run in runs[name].items()
+                    if target in run["transfer"].get("finetune", {})
+                }
+                for name in (RECIPE, self.reference)
+            )
+            if both := sorted(ours.keys() & theirs.keys()):
+                paired = [ours[s] - theirs[s] for s in both]
+                means = [f"{mean(of[s] for s in both):.1f}" for of in (theirs, ours)]
+                lines.append(f"| {target} | {' | '.join(means)} | {shown(paired)} |")
+        return lines
+
     def geometry(self) -> list[str]:
         """Rows of how collapsed the source's validation features are, before any projector."""
         metrics = ("nc1", "cdnv", "nc2_simplex", "within", "effective_rank_between", "effective_rank_within")
@@ -132,15 +158,41 @@ def draw(findings: Findings, path: Path) -> None:
     save(figure, path)
 
 
+def draw_gains(findings: Findings, path: Path) -> None:
+    """Differences with their intervals over trainings, protocol by protocol, on both halves of the targets."""
+    drawn = [p for p in PROTOCOLS if findings.means(RECIPE, p, "headline")]
+    figure: Any = Figure(figsize=(11, 0.55 * len(drawn) + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(HALVES), sharey=True, sharex=True)
+    for axis, (half, title) in zip(axes, HALVES.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=0.8)
+        for offset, (name, (arm, other, colour)) in zip((-0.22, 0, 0.22), COMPARED.items(), strict=True):
+            paired = [findings.difference(arm, other, p, half) if arm in findings.arms else [] for p in drawn]
+            there = [(place, each) for place, each in enumerate(paired) if each]
+            means = [mean(each) for _, each in there]
+            ends = [t_interval(each) or (middle, middle) for middle, (_, each) in zip(means, there, strict=True)]
+            reach = [[m - low for m, (low, _) in zip(means, ends, strict=True)]]
+            reach += [[high - m for m, (_, high) in zip(means, ends, strict=True)]]
+            rows = [place + offset for place, _ in there]
+            axis.errorbar(means, rows, xerr=reach, fmt="o", color=colour, capsize=3, label=name)
+        axis.set_title(f"{title}:\n{', '.join(findings.settings[half])}", fontsize=9)
+        axis.set_yticks(range(len(drawn)), [findings.title(p, "headline").replace(" (", "\n(") for p in drawn])
+        axis.set_xlabel("difference in accuracy, percentage points; 95 % over trainings", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="0.9")
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    save(figure, path)
+
+
 def main(out: Path) -> None:
     """Write both."""
     findings = Findings(json.loads((out / "results.json").read_text(encoding="utf-8")))
     lines = ["# Loss, head and projector", ""]
-    titles = {"headline": "Targets that nothing was tuned on", "choice": "Targets that arms may be chosen by"}
-    for half, title in titles.items():
+    for half, title in HALVES.items():
         lines += [f"## {title}", "", ", ".join(findings.settings[half]), "", *findings.table(half), ""]
     lines += [f"Differences are from {findings.reference}, over the seeds that both have, with 95 % t intervals.", ""]
     lines += ["## The recipe", "", "On the targets that nothing was tuned on.", "", *findings.recipe_less("headline")]
+    lines += ["", "## Fine-tuned, target by target", "", *findings.fine_tuned()]
     lines += ["", "## Geometry", "", "Of the source's validation images, before any projector; means over trainings."]
     lines += ["", *findings.geometry()]
     lines += [
@@ -157,7 +209,8 @@ def main(out: Path) -> None:
         lines.append(f"| {name} | {' | '.join('-' if top1 is None else f'{top1:.1f}' for top1 in tuned)} |")
     write_text(out / "report.md", "\n".join(lines) + "\n")
     draw(findings, out / "waterfall.png")
-    print(f"report:  {out / 'report.md'}\npicture: {out / 'waterfall.png'}")
+    draw_gains(findings, out / "gains.png")
+    print(f"report:  {out / 'report.md'}\npicture: {out / 'waterfall.png'}\npicture: {out / 'gains.png'}")
 
 
 if __name__ == "__main__":
