@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_etf.atomic import write_text
+from timm_etf.report import html
 from timm_etf.report.results import write as write_results
 
 
@@ -15,7 +16,7 @@ def row(cells: Iterable[str]) -> str:
 
 
 def write(out: Path, results: Mapping[str, Any], text: str, draw: Callable[[Path], Mapping[str, str]]) -> None:
-    """Write results.json, and report.md with the pictures at its end where matplotlib is installed.
+    """Write results.json, and report.md and report.html with the pictures at their end where matplotlib is installed.
 
     Args:
         out: Folder.
@@ -26,7 +27,9 @@ def write(out: Path, results: Mapping[str, Any], text: str, draw: Callable[[Path
     pictures = draw(out) if find_spec("matplotlib") else {}
     write_results(out / "results.json", results)
     shown = (f"![{title}]({name})\n" for name, title in pictures.items())
-    write_text(out / "report.md", "\n".join([text, *shown]))
+    text = "\n".join([text, *shown])
+    write_text(out / "report.md", text)
+    write_text(out / "report.html", html.render(text, out))
 
 
 def remarks(missing: Mapping[str, str], notes: Iterable[str]) -> list[str]:
@@ -48,4 +51,4 @@ def closing(out: Path, missing: Mapping[str, str], pictures: str, *, then: str) 
         name, reason = next(iter(missing.items()))
         lines.append(f"missing: {len(missing)}, such as {name} ({reason})")
     drawn = (f"picture: {p}" for p in sorted(out.glob(pictures)))
-    return [*lines, f"report:  {out / 'report.md'}", *drawn, f"next:    {then}"]
+    return [*lines, f"report:  {out / 'report.md'} or .html", *drawn, f"next:    {then}"]
