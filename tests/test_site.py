@@ -1,5 +1,6 @@
 """The documentation site: it builds without a warning, its links lead somewhere, and what people look for is found."""
 
+import importlib
 import json
 import os
 import re
@@ -79,6 +80,27 @@ def test_every_page_of_the_documentation_is_in_the_navigation(site: Site) -> Non
     paths = {str(page.relative_to(ROOT).with_suffix(".html")) for page in (ROOT / "docs").rglob("*.md")}
     assert len(paths) > 20
     assert paths - {"docs/index.html"} <= reached
+
+
+@pytest.mark.parametrize(
+    "module", ["", "classifier", "embedding", "frames", "geometry", "heads", "hub", "losses", "transfer", "whitening"]
+)
+def test_every_public_name_has_its_place(site: Site, module: str) -> None:
+    anchors = set().union(*(page.anchors for name, page in site.items() if name.startswith("docs/api/")))
+    found = importlib.import_module(f"timm_etf.{module}".rstrip("."))
+    lost = []
+    for name in found.__all__:
+        value = getattr(found, name)
+        made = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"  # or where it comes from
+        if not {f"{found.__name__}.{name}", f"timm_etf.{name}", made} & anchors:
+            lost.append(name)
+    assert lost == []
+
+
+def test_docstrings_are_shown_as_they_are_meant(site: Site) -> None:
+    pages = "".join((site.folder / name).read_text(encoding="utf-8") for name in site if name.startswith("docs/api/"))
+    assert pages.count("<math") > 20
+    assert re.findall(r"math::|:math:|<mi>&<|Example:|(?:Args|Returns|Raises):\n", pages) == []
 
 
 @pytest.mark.parametrize(
