@@ -31,7 +31,7 @@ import findings
 
 from timm_etf.data.images import find_targets
 from timm_etf.errors import UsageError
-from timm_etf.transfer.fine_tuning import LEARNING_RATES
+from timm_etf.transfer.fine_tuning import FIRST_RATES
 
 HEADS = {"learned": "", "SW": "_sw", "fixed": "_etf"}
 """The compared methods, and what their variants are called; the first is what the others are compared with."""
@@ -39,8 +39,8 @@ HEADS = {"learned": "", "SW": "_sw", "fixed": "_etf"}
 TARGET_HEADS = ("learned", "etf", "nearest")
 """Classifiers of the target. Models that are fine-tuned under the first are kept for Figure 3."""
 
-TUNINGS = 1 + len(LEARNING_RATES)
-"""Trainings of a fine-tuning: one with every learning rate, and the best again."""
+TUNINGS = 1 + len(FIRST_RATES)
+"""Trainings of a fine-tuning: one with every learning rate, and the best again. Further rates are not foreseen."""
 
 
 @dataclass(frozen=True)

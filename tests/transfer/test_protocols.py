@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.transfer.conftest import blobs
 from timm_etf import UsageError
 from timm_etf.transfer import Features, Result, fewshot, find_targets, finetune, knn, linear_probe, open_splits
-from timm_etf.transfer.fine_tuning import Budget
+from timm_etf.transfer.fine_tuning import FIRST_RATES, LEARNING_RATES, Budget, best_rate
 from timm_etf.transfer.neighbours import vote
 from timm_etf.transfer.probe import STRENGTHS
 from timm_etf.transfer.result import validation_mask
@@ -166,6 +166,25 @@ def test_a_draw_takes_so_many_of_every_class() -> None:
 def test_too_few_images_for_a_shot() -> None:
     with pytest.raises(UsageError, match=r"4 of 4 classes have fewer than 10 training images, such as '0'"):
         fewshot(blobs(20, seed=1), blobs(20, seed=2), 10)
+
+
+@given(st.floats(-9, 3), st.booleans())
+def test_the_best_learning_rate_is_found_and_its_neighbours_were_tried(peak: float, rounded: bool) -> None:
+    def score(lr: float) -> float:
+        tried.append(lr)
+        distance = abs(np.log(lr) - peak)
+        return -float(round(distance) if rounded else distance)
+
+    tried: list[float] = []
+    found, asked = best_rate(score), list(tried)
+    scores = [score(lr) for lr in LEARNING_RATES]
+    assert score(found) == max(scores)
+    assert len(set(asked)) == len(asked)
+    beside = {LEARNING_RATES.index(found) + step for step in (-1, 1)}
+    wanted = {lr for place, lr in enumerate(LEARNING_RATES) if place in beside} | {*FIRST_RATES}
+    assert not wanted - set(asked)
+    ends = sorted(LEARNING_RATES.index(lr) for lr in asked)
+    assert ends == list(range(ends[0], ends[-1] + 1))
 
 
 @pytest.mark.slow

@@ -267,8 +267,8 @@ def test_nothing_at_all(models: Path, images: Path, tmp_path: Path) -> None:
 
 
 def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Three trainings instead of seven.
-    monkeypatch.setattr("timm_etf.transfer.fine_tuning.LEARNING_RATES", (0.003, 0.03))
+    for rates in ("FIRST_RATES", "LEARNING_RATES"):  # three trainings instead of four or more
+        monkeypatch.setattr(f"timm_etf.transfer.fine_tuning.{rates}", (0.003, 0.03))
     write_images(tmp_path / "bars", "train", 24)
     write_images(tmp_path / "bars", "validation", 7)
     chosen = settings(
@@ -299,7 +299,8 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path, monkeypatch
 def test_a_kept_model_is_the_one_that_was_scored(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:
-    monkeypatch.setattr("timm_etf.transfer.fine_tuning.LEARNING_RATES", (0.03,))
+    for rates in ("FIRST_RATES", "LEARNING_RATES"):
+        monkeypatch.setattr(f"timm_etf.transfer.fine_tuning.{rates}", (0.03,))
     for split in ("train", "validation", "test"):
         write_images(tmp_path / "bars", split, 7)
     options = {"models": (f"fixed=local-dir:{models}/fixed0",), "protocols": ("finetune",), "seeds": 1}

@@ -22,8 +22,10 @@ Head = Literal["learned", "etf", "nearest"]
 """The target's classifier: fresh and trained; fixed to a frame of the seed; fixed to the simplex nearest to the class
 means of the pretrained features."""
 
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Wide: a model whose best rate is at an end of them is compared by the grid, not by what it has learned."""
+FIRST_RATES = (0.03, 0.1, 0.3)
+"""What every model is tried with; their neighbours only while the best is at an end of what was tried."""
 WEIGHT_DECAY = 1e-4
 
 
@@ -46,7 +48,8 @@ class Budget:
         """The budget as a report states it."""
         return (
             f"{self.steps} steps of {self.batch_size} images, SGD with momentum 0.9, weight decay of {WEIGHT_DECAY}, "
-            f"cosine schedule, learning rate of {LEARNING_RATES} chosen on validation images"
+            f"cosine schedule, learning rate of {FIRST_RATES} chosen on validation images, or further ones of "
+            f"{LEARNING_RATES} while the best is the last"
         )
 
 
@@ -89,9 +92,8 @@ def finetune(
 ) -> Result:
     """Fine-tune on a target and score it; a function of the seed, whatever the number of loader processes.
 
-    Every learning rate is trained with on the training images and scored on the validation images; the best, again on
-    both. Training images are cropped at random (60 to 100 % of the area) and
-    mirrored if the target allows.
+    Learning rates are trained with on the training images and scored on the validation images; the best, again on
+    both. Training images are cropped at random (60 to 100 % of the area) and mirrored if the target allows.
 
     Args:
         build: Makes the pretrained model for a number of classes, with the classifier that is to be tuned or kept; it
@@ -120,19 +122,35 @@ def finetune(
     test = _Part([splits.test], [(0, i) for i in range(len(splits.test))])
     run = _Runner(build, len(splits.train.class_names), splits.target.hflip, budget, seed, torch.device(device))
     with tqdm(
-        total=(len(LEARNING_RATES) + 1) * budget.steps,
+        total=(len(FIRST_RATES) + 1) * budget.steps,
         desc=f"fine-tuning on {splits.target.name}",
         unit="step",
         leave=False,
         disable=None,
     ) as bar:
         truth = validation.labels()
-        scores = [(run(fit, validation, lr, bar) == truth).double().mean().item() for lr in LEARNING_RATES]
-        lr = LEARNING_RATES[int(np.argmax(scores))]
+        lr = best_rate(lambda lr: (run(fit, validation, lr, bar) == truth).double().mean().item())
         predicted = run(_Part(everything, rows), test, lr, bar, keep).numpy()
     y = splits.test.labels
     statement = f"all other layers trained; {budget.words}"
     return Result((predicted == y).astype(np.float32), y, statement, {"lr": lr})
+
+
+def best_rate(score: Callable[[float], float]) -> float:
+    """The learning rate with the highest score, the smaller one where two are alike.
+
+    Example:
+        >>> tried = []
+        >>> best_rate(lambda lr: tried.append(lr) or -abs(lr - 0.9)), tried
+        (1.0, [0.03, 0.1, 0.3, 1.0, 3.0])
+    """
+    scores = {LEARNING_RATES.index(lr): score(lr) for lr in FIRST_RATES}
+    while True:
+        best = max(sorted(scores), key=scores.__getitem__)
+        beyond = {best - 1, best + 1}.intersection(range(len(LEARNING_RATES))) - scores.keys()
+        if not beyond:
+            return LEARNING_RATES[best]
+        scores |= {place: score(LEARNING_RATES[place]) for place in beyond}
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,8 @@ class _Runner:
         schedule = CosineLRScheduler(
             optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=lr / 10, t_in_epochs=False
         )
+        if bar.n + steps > bar.total:  # one more rate than was planned
+            bar.total = bar.n + steps
         generator = torch.Generator().manual_seed(self.seed)
         per_epoch = len(images) // size
         epochs = [torch.randperm(len(images), generator=generator) for _ in range(-(-steps // per_epoch))]

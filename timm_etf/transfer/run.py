@@ -29,7 +29,7 @@ from timm_etf.processes import exact_device, processes
 from timm_etf.report.page import write
 from timm_etf.transfer.distance import Distances
 from timm_etf.transfer.few_shot import SHOTS, fewshot
-from timm_etf.transfer.fine_tuning import LEARNING_RATES, WEIGHT_DECAY, Budget, Head, finetune
+from timm_etf.transfer.fine_tuning import FIRST_RATES, LEARNING_RATES, WEIGHT_DECAY, Budget, Head, finetune
 from timm_etf.transfer.neighbours import knn
 from timm_etf.transfer.probe import linear_probe
 from timm_etf.transfer.report import Report, summary
@@ -206,7 +206,7 @@ def _protocols(
             yield f"{shots}-shot", names[: len(folders)], partial(_few, folders, shots, device=exact_device(device))
     if "finetune" in settings.protocols:
         budget = settings.budget
-        grid = [budget.steps, budget.batch_size, LEARNING_RATES, WEIGHT_DECAY]
+        grid = [budget.steps, budget.batch_size, FIRST_RATES, LEARNING_RATES, WEIGHT_DECAY]
         head = settings.finetune_head
         rests_on = [measured.identity, *(s.fingerprint for s in pair.splits), grid]
         rests_on += [] if head == "learned" else [head]
