@@ -1,13 +1,15 @@
 """What README, docs/ and the examples say is so: numbers are those of the files they name, commands and code run."""
 
+import argparse
 import functools
 import inspect
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -253,15 +255,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / path).exists(), path
 
 
-def command_lines() -> Iterator[str]:
-    for page in PAGES:
-        for line in "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines():
-            for part in re.split(" && ", line.partition("  #")[0].partition("   #")[0]):
-                if "timm-etf " in part or "timm_etf.pretrain" in part:
-                    yield part.strip()
+def command_lines(*wanted: str) -> list[str]:
+    """The different lines of all bash blocks that have one of these words."""
+    lines = [line for page in PAGES for line in "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines()]
+    parts = [part.strip() for line in lines for part in line.partition("  #")[0].split(" && ")]
+    return [part for part in dict.fromkeys(parts) if any(word in part for word in wanted)]
 
 
-@pytest.mark.parametrize("line", list(dict.fromkeys(command_lines())))
+@pytest.mark.parametrize("line", command_lines("timm-etf ", "timm_etf.pretrain"))
 def test_commands_have_the_options_that_are_given(line: str) -> None:
     given = shlex.split(line)
     at = next(i for i, word in enumerate(given) if word.endswith(("timm-etf", "timm_etf.pretrain")))
@@ -274,11 +275,39 @@ def test_commands_have_the_options_that_are_given(line: str) -> None:
         parsed.check()  # what is given goes together, too
 
 
+class Parsed(Exception):
+    """What is given was understood; nothing is done."""
+
+
+def only(parse: Callable[..., Any]) -> Callable[..., None]:
+    def parsed(*args: Any, **kwargs: Any) -> None:
+        parse(*args, **kwargs)
+        raise Parsed
+
+    return parsed
+
+
+@pytest.mark.parametrize("line", command_lines("python examples/"))
+def test_scripts_have_the_options_that_are_given(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, *arguments = shlex.split(line)[1:]
+    code = text(ROOT / script)
+    for package in re.findall(r"^(?:import|from) (faiss|pytorch_ood)", code, re.MULTILINE):
+        pytest.importorskip(package)  # of the extra clients
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(ROOT / Path(script).parent)
+    for parser, name in ((argparse.ArgumentParser, "parse_args"), (tyro, "cli")):
+        monkeypatch.setattr(parser, name, only(getattr(parser, name)))
+    takes_options = re.search(r"parse_args|tyro\.cli", code)
+    with pytest.raises(Parsed if takes_options else FileNotFoundError):  # the one without looks into its folder
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """A folder with what is on no machine: images of one's own, an exported model."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "IMAGES").symlink_to(images / "validation")
+    (folder / "examples").symlink_to(ROOT / "examples")
     model = timm.create_model("resnet10t_etf", pretrained=True)
     hub.export(model, folder / "export", label_names=list(model.pretrained_cfg["label_names"]))
     return folder
