@@ -37,8 +37,8 @@ class Inputs:
     """Folder of the feature cache, to share it between runs; by default in OUT."""
     precision: Precision = "fp32"
     """Of the models' computations; features are stored as float32."""
-    batch_size: int = 256
-    """Images per forward pass."""
+    batch_size: int | None = None
+    """Images per forward pass; by default 256, on a CPU 64."""
     workers: int = 2
     """Loader processes."""
 
@@ -51,7 +51,7 @@ class Inputs:
         if not self.models:
             raise UsageError("Give at least one model with --models.")
         for option, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, option) < least:
+            if (value := getattr(self, option)) is not None and value < least:
                 raise UsageError(f"--{option.replace('_', '-')} is at least {least}.")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"{self.out} is a file: choose another --out.")
