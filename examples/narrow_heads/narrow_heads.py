@@ -39,6 +39,7 @@ ARMS = {
     "tree of names, gram loss": ("resnet10t_etf", "--hierarchy TREE --loss gram"),
     "from means, early": ("resnet10t_etf", "--frame-from-means 3"),
     "from means, halfway": ("resnet10t_etf", "--frame-from-means 7"),
+    "from means, late": ("resnet10t_etf", "--frame-from-means 11"),
 }
 """Model, and classifier arguments or options; the first is what the others are compared with."""
 
