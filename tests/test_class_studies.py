@@ -114,7 +114,7 @@ def test_every_narrow_arm_can_be_trained_and_the_table_pairs_seeds(data_root: Pa
     narrow.prepare()
     found = [parsed(job.command) for job in narrow.jobs()]
     assert len(found) == 2 * 8
-    assert {s.frame_from_means for s in found} == {None, 3, 7}
+    assert {s.frame_from_means for s in found} == {None, 3, 7, 11}
     runs = {
         arm: {"0": {"top1": t, "top5": 90.0}, "1": {"top1": t + 1, "top5": 90.0}} for arm, t in (("a", 70), ("b", 67))
     }

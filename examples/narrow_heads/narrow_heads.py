@@ -3,7 +3,7 @@
     python examples/narrow_heads/narrow_heads.py OUT     # needs the extra [demo]
 
 The recipe is run.sh's, with several seeds. The tree is that of the classes' names: those that begin with the same word
-are siblings. It goes on where it was stopped; OUT/narrow_heads.json has every run, and the table is printed.
+are siblings. It goes on where it was stopped; OUT/narrow_heads.json has every run, OUT/report.md the table.
 """
 
 import argparse
@@ -148,7 +148,9 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), in_memory.start, start) as pool:
         study.run(jobs, narrow, pool)
     narrow.write_results()
-    print(f"{table(narrow.runs())}\nresults: {options.out / 'narrow_heads.json'}")
+    told = table(narrow.runs())
+    write_text(options.out / "report.md", f"# 248 classes on 64 features\n\n{told}\n\nDifferences: 95 % t over seeds.\n")
+    print(f"{told}\nreport:  {options.out / 'report.md'}\nresults: {options.out / 'narrow_heads.json'}")
 
 
 if __name__ == "__main__":
