@@ -23,6 +23,7 @@ def test_bfloat16(images: Path, tmp_path: Path) -> None:
     assert all(v.dtype in (torch.float32, torch.int64) for v in weights(tmp_path / "bf16").values())
 
 
+@pytest.mark.slow
 def test_compilation_that_the_launcher_asks_for(images: Path, tmp_path: Path) -> None:
     # With a term that looks into the model, and a resume after the last epoch.
     command = arguments(images, tmp_path / "run", *SHORT, "--feature-entropy", 0.1)
