@@ -95,7 +95,7 @@ class Findings:
         by_head = {told["settings"]["finetune_head"]: accuracies(told) for told in results}
         targets = [target for target in self.accuracies if all(target in of for of in by_head.values())]
         found: dict[str, Any] = {}
-        for (head, measured), label in product(by_head.items(), (self.reference, *self.others) if targets else ()):
+        for (head, measured), label in product(by_head.items() if targets else (), (self.reference, *self.others)):
             ours, learned = (np.mean([a[t][label] for t in targets], axis=0) for a in (measured, self.accuracies))
             found.setdefault(head, {})[label] = {
                 "accuracy": summary(ours.tolist()),
@@ -206,6 +206,8 @@ def table(architecture: str, found: Mapping[str, Any]) -> list[str]:
             f"| **mean of {name}** | {' | '.join([*cells, *(shown(found['gain'][la][name]) for la in others)])} |"
         )
     compared = found["target_heads"]["classifiers"]
+    if not compared:
+        return [*lines, ""]
     lines += ["", f"## Classifiers of the target, mean of {', '.join(found['target_heads']['targets'])}", ""]
     heads = list(compared)
     lines += [f"| pretrained | {' | '.join([*heads, *(f'{h} - {heads[0]}' for h in heads[1:])])} |"]

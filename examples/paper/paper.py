@@ -40,7 +40,7 @@ TARGET_HEADS = ("learned", "etf", "nearest")
 """Classifiers of the target. Models that are fine-tuned under the first are kept for Figure 3."""
 
 TUNINGS = 1 + len(FIRST_RATES)
-"""Trainings of a fine-tuning: one with every learning rate, and the best again. Further rates are not foreseen."""
+"""Trainings of a fine-tuning at least: one with every first learning rate, and the best again."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Paper:
                 f"  {len(trainings)} trainings of {scale.images / 1e6:.2f} million images, "
                 f"{len(trainings) - left} of them there: {hours[0]:.1f} hours",
                 f"  {len(transfers)} classifiers of the targets, {len(transfers) - len(measuring)} of them there, "
-                f"{tunings} fine-tunings of {scale.steps} steps left: {hours[1]:.1f} hours",
+                f"at least {tunings} fine-tunings of {scale.steps} steps left: {hours[1]:.1f} hours",
                 f"  about {disk:.1f} GB of weights, and the targets' features",
             ]
         processes = self.options.processes

@@ -61,6 +61,8 @@ class Findings:
         runs = [run.get("transfer", {}).get(protocol, {}) for run in self.arms[RECIPE]["runs"].values()]
         targets = [t for t in self.settings[half] if any(t in run for run in runs)]
         trainings = sum(bool(run) for run in runs)
+        if not targets:
+            return f"{protocol} (not measured)"
         limits = [] if len(targets) == len(self.settings[half]) else [", ".join(targets)]
         limits += [] if trainings == len(runs) else [f"{trainings} seeds"]
         return f"{protocol} ({'; '.join(limits)})" if limits else protocol
@@ -162,7 +164,7 @@ def draw_gains(findings: Findings, path: Path) -> None:
     """Differences with their intervals over trainings, protocol by protocol, on both halves of the targets."""
     drawn = [p for p in PROTOCOLS if findings.means(RECIPE, p, "headline")]
     figure: Any = Figure(figsize=(11, 0.55 * len(drawn) + 1.6), layout="constrained")
-    axes = figure.subplots(1, len(HALVES), sharey=True, sharex=True)
+    axes = figure.subplots(1, len(HALVES), sharex=True)
     for axis, (half, title) in zip(axes, HALVES.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
         for offset, (name, (arm, other, colour)) in zip((-0.22, 0, 0.22), COMPARED.items(), strict=True):
@@ -175,11 +177,12 @@ def draw_gains(findings: Findings, path: Path) -> None:
             rows = [place + offset for place, _ in there]
             axis.errorbar(means, rows, xerr=reach, fmt="o", color=colour, capsize=3, label=name)
         axis.set_title(f"{title}:\n{', '.join(findings.settings[half])}", fontsize=9)
-        axis.set_yticks(range(len(drawn)), [findings.title(p, "headline").replace(" (", "\n(") for p in drawn])
+        told = [findings.title(p, half).replace(" (", "\n(").replace(", emoji", ",\nemoji") for p in drawn]
+        axis.set_yticks(range(len(drawn)), told, fontsize=8)
+        axis.set_ylim(len(drawn) - 0.5, -0.5)
         axis.set_xlabel("difference in accuracy, percentage points; 95 % over trainings", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
-    axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
 

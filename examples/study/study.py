@@ -191,6 +191,8 @@ class Study:
                     measured = [self.out / kind / trained.name / "results.json" for kind in ("transfer", "finetune")]
                     accuracies = [_accuracies(_read(file)) for file in measured if file.exists()]
                     runs[str(seed)]["transfer"] = {k: v for found in accuracies for k, v in found.items()}
+                    if measured[1].exists():
+                        runs[str(seed)]["finetune_rates"] = _rates(_read(measured[1]))
             batch, lr = self.chosen(name)
             chosen = {"batch_size": batch, "lr": lr}
             options = arm.options(self.options.family)
@@ -199,6 +201,12 @@ class Study:
         settings: dict[str, Any] = {**asked, "options": f"{COMMON} {self.family.options}", "grid": self.family.grid}
         settings |= {"choice": CHOICE, "headline": HEADLINE}
         write_json(self.out / "results.json", {"settings": settings, "arms": arms})
+
+
+def _rates(told: dict[str, Any]) -> dict[str, float]:
+    """Learning rate that a backbone was fine-tuned with, by target."""
+    targets = told["protocols"]["finetune"]["targets"].items()
+    return {target: label["chosen"][0][0]["lr"] for target, of in targets for label in of["models"].values()}
 
 
 def _read(file: Path) -> dict[str, Any]:

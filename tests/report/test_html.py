@@ -1,6 +1,8 @@
 """report.html: one file that needs no other, shows what report.md says, and obeys nothing that a name holds."""
 
 import re
+import shutil
+import subprocess
 from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
@@ -83,6 +85,46 @@ def test_a_difference_is_marked_where_all_of_its_intervals_are_on_one_side_of_0(
 def test_an_accuracy_is_not_marked() -> None:
     tree = Tree(html.render("| a |\n|---|\n| 79.7 (77.0 to 82.4) |\n", Path()))
     assert [span["class"] for span in tree.found("span")][:2] == ["value", "interval"]
+
+
+def test_pictures_are_those_of_the_folder(tmp_path: Path) -> None:
+    inside, png = tmp_path / "out", (EXAMPLES / "demo" / "demo.png").read_bytes()
+    inside.mkdir()
+    for folder, name in ((inside, "données a.png"), (tmp_path, "other.png")):
+        (folder / name).write_bytes(png)
+    (inside / "text.png").write_text("secret")
+    names = [f"![{name}]({name})" for name in ("../other.png", tmp_path / "other.png", "none.png", "text.png", ".")]
+    outside = " ".join([*names, "![https](https://example.org/a.png)", "![data](data:image/png;base64,AA)"])
+    page.write(inside, {}, f"# Pictures\n\n{outside}\n", lambda out: {"données a.png": "drawn"})
+    tree = Tree((inside / "report.html").read_text())
+    assert [(image["alt"], b64decode(str(image["src"]).split(",")[1])) for image in tree.found("img")] == [
+        ("drawn", png)
+    ]
+
+
+def test_what_follows_an_interval_stays() -> None:
+    tree = Tree(html.render("| a |\n|---|\n| +5.0 (+1.0 to +9.0); 50 % |\n", Path()))
+    assert tree.cells[1] == "+5.0 (+1.0 to +9.0); 50 %"
+    assert [span["class"] for span in tree.found("span")][:2] == ["clear value", "interval"]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_a_click_sorts_and_a_pointer_shows_the_interval(tmp_path: Path) -> None:
+    rows = ["| b | 10 | 5.0 [1.0 to 9.0] |", "| 2a | 9 | - |", "| c | 100 | -1.0 |", "| **mean** | 1 | 3.0 |"]
+    source = html.render("\n".join(["| x | y | z |", "|---|---|---|", *rows]), Path())
+    script = """<script>
+    const names = () => [...document.querySelectorAll("tbody tr")].map(row => row.cells[0].textContent).join("");
+    const said = [0, 0, 1, 1, 2].map(i => { document.querySelectorAll("th button")[i].click(); return names(); });
+    document.querySelector(".interval").closest("td").dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+    document.title = [...said, document.getElementById("over").textContent].join(" ");
+    </script></body>"""
+    (tmp_path / "page.html").write_text(source.replace("</body>", script))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [*command, "--dump-dom", (tmp_path / "page.html").as_uri()], capture_output=True, text=True, check=True
+    )
+    title = re.search("<title>(.*)</title>", done.stdout)[1]  # type: ignore[index]
+    assert title == "2abcmean cb2amean cb2amean 2abcmean bc2amean [1.0 to 9.0] over test images"
 
 
 def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:

@@ -187,6 +187,12 @@ def test_the_best_learning_rate_is_found_and_its_neighbours_were_tried(peak: flo
     assert ends == list(range(ends[0], ends[-1] + 1))
 
 
+def test_a_target_that_tells_no_rates_apart_costs_no_further_ones() -> None:
+    tried: list[float] = []
+    assert best_rate(lambda lr: float(tried.append(lr) or 0.5)) == FIRST_RATES[1]
+    assert tried == list(FIRST_RATES)
+
+
 @pytest.mark.slow
 def test_fine_tuning_is_a_function_of_its_seed_for_any_number_of_workers(images: Path) -> None:
     [target], _ = find_targets([f"{images},name=bars,test=validation,hflip=yes"], images)

@@ -124,7 +124,7 @@ def extract(
         folder: Cache; the features get a folder of their own in it, named by what they depend on.
         layers: What to extract; by default the pre-logits.
         precision: Of the model's computations; features are stored as float32.
-        batch_size: Images per forward pass; by default 256, on a CPU 64: more do not stay in its caches.
+        batch_size: Images per forward pass; by default 256, on a CPU 64.
         workers: Loader processes.
         made_from: `identity(model)`, if known.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from timm_etf.atomic import write_text
 from timm_etf.report import html
@@ -26,7 +27,7 @@ def write(out: Path, results: Mapping[str, Any], text: str, draw: Callable[[Path
     """
     pictures = draw(out) if find_spec("matplotlib") else {}
     write_results(out / "results.json", results)
-    shown = (f"![{title}]({name})\n" for name, title in pictures.items())
+    shown = (f"![{title}]({quote(name)})\n" for name, title in pictures.items())
     text = "\n".join([text, *shown])
     write_text(out / "report.md", text)
     write_text(out / "report.html", html.render(text, out))

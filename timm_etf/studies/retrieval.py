@@ -325,7 +325,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             for share in ("average", "ties"):
                 by_space = [found["compatibility"].get(s) for s in spaces]
                 name = {"average": "average compatibility", "ties": "ties, which it does not count"}[share]
-                lines.append(row([name, *(f"{c[share]:.2f}" if c else "-" for c in by_space)]))
+                lines.append(row([f"**{name}**", *(f"{c[share]:.2f}" if c else "-" for c in by_space)]))
             lines.append("")
     return "\n".join([*lines, *DEFINITIONS, "", *remarks(results["missing"], results["notes"]), ""])
 

@@ -137,16 +137,17 @@ def finetune(
 
 
 def best_rate(score: Callable[[float], float]) -> float:
-    """The learning rate with the highest score, the smaller one where two are alike.
+    """The learning rate with the highest score; of those that are alike the one nearest to the middle of the first.
 
     Example:
         >>> tried = []
         >>> best_rate(lambda lr: tried.append(lr) or -abs(lr - 0.9)), tried
         (1.0, [0.03, 0.1, 0.3, 1.0, 3.0])
     """
+    middle = LEARNING_RATES.index(FIRST_RATES[len(FIRST_RATES) // 2])
     scores = {LEARNING_RATES.index(lr): score(lr) for lr in FIRST_RATES}
     while True:
-        best = max(sorted(scores), key=scores.__getitem__)
+        best = max(sorted(scores, key=lambda place: abs(place - middle)), key=scores.__getitem__)
         beyond = {best - 1, best + 1}.intersection(range(len(LEARNING_RATES))) - scores.keys()
         if not beyond:
             return LEARNING_RATES[best]
