@@ -46,8 +46,8 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, wanted = (torch.randint(3, (n,), generator=draw) for n in (50, 40))
     whole = ranked(gallery, labels, queries, wanted)
     blocks: list[int] = []
-    ranks = retrieval._ranks
-    monkeypatch.setattr(retrieval, "_ranks", lambda s, own: blocks.append(s.numel()) or ranks(s, own))
+    in_order = retrieval._in_order
+    monkeypatch.setattr(retrieval, "_in_order", lambda s: blocks.append(s.numel()) or in_order(s))
     for most in (200, 1):  # four queries at once; one, however many images there are
         blocks.clear()
         monkeypatch.setattr(retrieval, "_SIMILARITIES", most)

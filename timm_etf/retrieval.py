@@ -26,8 +26,8 @@ def ranked(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_label
     with one of the query's class they count as nearer (as in scikit-learn's `average_precision_score`), so that the
     order of the gallery does not matter and a space in which everything is alike finds nothing.
 
-    Memory is that of the vectors and of one block of similarities, whatever their number. The queries of a class are
-    ranked together, so that its images are one slice of the gallery, whose places are looked up in the sorted block.
+    Memory is that of the vectors and of one block of similarities, whatever their number. Both are ordered by class, so
+    that a class's queries and its images are one slice each, whose places are looked up in the sorted block.
 
     Args:
         gallery: Vectors of any length but 0, [n, D].
@@ -50,27 +50,35 @@ def ranked(gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_label
     gallery_ND, sizes = gallery[order], gallery_labels.bincount(minlength=int(query_labels.max()) + 1)
     normalize(gallery_ND, out=gallery_ND)
     ends = sizes.cumsum(0).tolist()
-    totals = torch.zeros(len(METRICS), dtype=torch.float64)
-    count = 0
-    for label in query_labels.unique().tolist():
-        end, size = ends[label], int(sizes[label])
-        if not size:
-            continue
-        of_class = normalize(queries[query_labels == label])
-        for block_BD in of_class.split(max(1, _SIMILARITIES // len(gallery_ND))):
-            nearer, precisions = _ranks(block_BD @ gallery_ND.T, slice(end - size, end))
-            found = [(nearer < 1).sum(), (nearer < 5).sum(), precisions.sum()]
-            totals += torch.stack([f.double().cpu() for f in found])
-            count += len(block_BD)
-    if not count:
+    asking = query_labels.argsort(stable=True)
+    asking = asking[sizes[query_labels[asking]] > 0]
+    if not len(asking):
         raise UsageError("No query has an image of its class in the gallery: give both the same classes.")
+    totals = torch.zeros(len(METRICS), dtype=torch.float64)
+    for rows in asking.split(max(1, _SIMILARITIES // len(gallery_ND))):
+        similarities_BN = normalize(queries[rows]) @ gallery_ND.T
+        ordered_BN = _in_order(similarities_BN)
+        classes, counts = query_labels[rows].unique_consecutive(return_counts=True)
+        places = counts.cumsum(0).tolist()
+        ranks = []
+        for label, start, stop in zip(classes.tolist(), [0, *places], places, strict=False):
+            own = slice(ends[label] - int(sizes[label]), ends[label])
+            ranks.append(_ranks(similarities_BN[start:stop, own], ordered_BN[start:stop]))
+        nearer, precisions = (torch.cat(of) for of in zip(*ranks, strict=True))
+        found = [(nearer < 1).sum(), (nearer < 5).sum(), precisions.sum()]
+        totals += torch.stack([f.double().cpu() for f in found])
+    count = len(asking)
     return dict(zip(METRICS, (100 * totals / count).tolist(), strict=True)) | {"queries": count}
 
 
-def _ranks(similarities_BN: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-    """By query: images of other classes at least as near as the nearest of its own, [B]; average precision, [B]."""
-    own_BP = similarities_BN[:, own].sort(dim=1).values
-    ordered_BN = _in_order(similarities_BN)
+def _ranks(own_BP: Tensor, ordered_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """By query: images of other classes at least as near as the nearest of its own, [B]; average precision, [B].
+
+    Args:
+        own_BP: Similarities of the images of its class.
+        ordered_BN: Similarities of all images, ascending.
+    """
+    own_BP = own_BP.sort(dim=1).values
     at_least_BP = ordered_BN.shape[1] - torch.searchsorted(ordered_BN, own_BP)  # of all images, how many are as near
     own_at_least_BP = own_BP.shape[1] - torch.searchsorted(own_BP, own_BP)
     precisions_BP = own_at_least_BP.double() / at_least_BP
