@@ -162,15 +162,8 @@ class Paper:
     def _transfers(self) -> list[Job]:
         found, scale = [], self.scale
         for architecture, target_head in product(scale.weights, self.options.target_heads):
-            command = [
-                "transfer",
-                *self._measured(architecture),
-                "--targets",
-                *scale.targets(target_head),
-                "--seeds",
-                "1",
-            ]
-            command += ["--finetune-steps", str(scale.steps), "--finetune-head", target_head]
+            command = ["transfer", *self._measured(architecture), "--targets", *scale.targets(target_head)]
+            command += ["--seeds", "1", "--finetune-steps", str(scale.steps), "--finetune-head", target_head]
             out = self.out / f"heads/{target_head}" / architecture
             if target_head == TARGET_HEADS[0]:
                 # Four fifths of these are as many as a distance takes; all would be read anew for every model.
