@@ -64,7 +64,7 @@ def test_the_plan_counts_what_is_there_and_measures_the_rate(tmp_path: Path) -> 
     made = paper.Paper(tmp_path, paper.SCALES["small"], options(tmp_path, rate=100.0))
     assert "100 images/s, as --rate says" in made.plan()
     assert (
-        f"9 trainings of 0.17 million images, 0 of them there: {9 * 8 * 21_163 / 100 / 3600:.1f} hours" in made.plan()
+        f"9 trainings of 0.25 million images, 0 of them there: {9 * 12 * 21_163 / 100 / 3600:.1f} hours" in made.plan()
     )
     least = 9 * 4 * 9
     hours = f"{least * 6400 / 100 / 3600:.1f} hours"
@@ -75,7 +75,7 @@ def test_the_plan_counts_what_is_there_and_measures_the_rate(tmp_path: Path) -> 
     lines = [{"epoch": 0, "top1": 1.0}, *({"epoch": e, "images_per_second": 150.0 + 50 * e} for e in (1, 2))]
     (made.stages["pretraining"][0].out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "225 images/s, as measured in 2 epochs" in made.plan()
-    assert f"2 of them there: {7 * 8 * 21_163 / 225 / 3600:.1f} hours" in made.plan()
+    assert f"2 of them there: {7 * 12 * 21_163 / 225 / 3600:.1f} hours" in made.plan()
     least = 9 * 4 * 7
     hours = f"{least * 6400 / 225 / 3600:.1f} hours"
     assert f"1 of them there, at least {least} fine-tunings of 100 steps left: {hours}" in made.plan()
@@ -170,7 +170,7 @@ def test_a_signal_stops_everything(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert log.read_text().count("stopped 7") == 2
-    assert "9 trainings of 0.17 million images, 0 of them there" in capsys.readouterr().out
+    assert "9 trainings of 0.25 million images, 0 of them there" in capsys.readouterr().out
 
 
 # What is read
