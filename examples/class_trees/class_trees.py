@@ -227,7 +227,7 @@ class Trees:
         command = ["pretrain", "--model", "resnet10t" + ("_etf" if of.fixed else ""), *more, "--out", out]
         command += ["--data-dir", self.seen, *COMMON.split(), "--batch-size", batch, "--lr", lr, "--seed", seed]
         command += ["--epochs", options.epochs, "--epoch-repeats", repeats, "--workers", 0, "--checkpoint-hist", 1]
-        command += ["--model-kwargs", f"channels=(64, 128, 256, {width})", *options.pretrain]
+        command += ["--model-kwargs", f"channels=(32, 64, 128, {width})", "stem_width=16", *options.pretrain]
         if (out / "run.json").exists():
             command.append("--resume")
         return study.Job([str(c) for c in command], out)
@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="of three passes each; a third of them to tune")
     parser.add_argument("--limit", type=int, help="about so many classes of each source, to try it out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
-    parser.add_argument("--rate", type=float, default=300, help="images/s of all trainings, for the estimate")
+    parser.add_argument("--rate", type=float, default=600, help="images/s of all trainings, for the estimate")
     parser.add_argument("--plan", action="store_true", help="print it and do nothing else than write the images")
     parser.add_argument("--pretrain", nargs=argparse.REMAINDER, default=[], help="further options of timm-etf pretrain")
     options = parser.parse_args()

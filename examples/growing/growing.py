@@ -33,6 +33,8 @@ from timm_etf.report.statistics import t_interval
 from timm_etf.transfer import Target, open_splits
 
 COMMON = "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --weight-decay 5e-4 --workers 0"
+NETWORK = ["--model-kwargs", "channels=(32, 64, 128, 512)", "stem_width=16"]
+"""As in examples/transfer."""
 TUNING = "--batch-size 64 --freeze-bn --warmup-epochs 0"
 EXEMPLARS = 5
 """Images of each old class that are kept."""
@@ -88,6 +90,7 @@ class Growing:
             command += ["--epochs", self.options.tuning_epochs, "--lr", self.options.tuning_lr]
         else:
             command += ["--epochs", self.options.epochs, "--batch-size", 64, "--lr", 0.2, "--warmup-epochs", 1]
+            command += NETWORK
             command += ["--reserve", len(self.new)] if head == "reserved vertices" else []
         command += self.options.pretrain
         if (out / "run.json").exists():
@@ -204,7 +207,7 @@ def main() -> None:
     parser.add_argument("--tuning-epochs", type=int, default=10)
     parser.add_argument("--tuning-lr", type=float, default=0.01)
     parser.add_argument("--limit", type=int, help="so many names, to try it out")
-    parser.add_argument("--rate", type=float, default=400, help="images/s of a training, for the estimate")
+    parser.add_argument("--rate", type=float, default=550, help="images/s of a training, for the estimate")
     parser.add_argument("--plan", action="store_true", help="print it and do nothing else than write the images")
     parser.add_argument("--pretrain", nargs=argparse.REMAINDER, default=[], help="further options of timm-etf pretrain")
     options = parser.parse_args()
