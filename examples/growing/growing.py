@@ -84,13 +84,12 @@ class Growing:
         if (out / "results.json").exists():
             return out / "export"
         command = ["pretrain", "--model", HEADS[head], "--out", out, "--data-dir", self.data(shots), "--seed", seed]
-        command += COMMON.split()
+        command += [*COMMON.split(), *NETWORK]
         if shots:
             command += ["--init", f"local-dir:{self.start(head, seed, shots)}", "--keep-classifier", *TUNING.split()]
             command += ["--epochs", self.options.tuning_epochs, "--lr", self.options.tuning_lr]
         else:
             command += ["--epochs", self.options.epochs, "--batch-size", 64, "--lr", 0.2, "--warmup-epochs", 1]
-            command += NETWORK
             command += ["--reserve", len(self.new)] if head == "reserved vertices" else []
         command += self.options.pretrain
         if (out / "run.json").exists():
