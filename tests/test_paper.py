@@ -100,7 +100,7 @@ trap 'echo "stopped $OMP_NUM_THREADS" >> {log}; exit 1' TERM
 sleep {seconds} & wait $!
 echo "-" >> {log}
 if [[ $given == *{fails}* ]]; then exit 3; fi
-mkdir -p "$2"; echo "$given" > "$2/results.json"
+mkdir -p "$2"; echo "{{}}" > "$2/results.json"
 """
 
 
@@ -133,6 +133,14 @@ def test_one_that_fails_stops_the_others(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit, match=r"job1 ended with status 3, see .*job1\.log\. The same command continues"):
         paper.run(jobs(tmp_path, 3), options(tmp_path, jobs=2))
     assert not (tmp_path / "job2").exists() or "stopped" in log.read_text()
+
+
+def test_what_failed_within_a_command_is_tried_again(tmp_path: Path) -> None:
+    (job,) = jobs(tmp_path, 1)
+    for told, done in (({"missing": {"SW: kanji": "cut"}}, False), ({"missing": {}}, True), ({}, True)):
+        job.out.mkdir(exist_ok=True)
+        (job.out / "results.json").write_text(json.dumps(told))
+        assert job.done == done
 
 
 def test_a_pretraining_that_was_stopped_is_resumed(tmp_path: Path) -> None:

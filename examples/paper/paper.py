@@ -61,6 +61,8 @@ class Scale:
     """The target of Figures 2 and 3."""
     steps: int
     """Of a fine-tuning, of 64 images each."""
+    neutral: str
+    """A network that was trained neither on the source nor on a target, as far as that can be had: tells distances."""
     measure: str = ""
     """Further options of transfer."""
     heads_on: tuple[str, ...] = ()
@@ -87,6 +89,8 @@ SCALES = {
         far=("kanji", "armenian", "mnist-5k"),
         figure="kanji",
         steps=100,
+        neutral="resnet10t,pretrained=False,channels=(32, 64, 128, 512),stem_width=16,"
+        "pretrained_cfg_overlay={'input_size': (3, 40, 40), 'crop_pct': 1.0}",
         heads_on=("emoji-subcategory", "kanji"),
     ),
     "full": Scale(
@@ -99,6 +103,7 @@ SCALES = {
         far=("cars", "aircraft", "flowers102", "dtd", "eurosat"),
         figure="flowers102",
         steps=5000,
+        neutral="resnet18,pretrained=False",
         measure="--precision bf16",
     ),
 }
@@ -113,8 +118,9 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether it has been run."""
-        return (self.out / "results.json").exists()
+        """Whether it has been run, and nothing failed in it: what did is tried again."""
+        file = self.out / "results.json"
+        return file.exists() and not json.loads(file.read_text(encoding="utf-8")).get("missing")
 
     @property
     def command(self) -> list[str]:
@@ -170,6 +176,7 @@ class Paper:
             if target_head == TARGET_HEADS[0]:
                 # Four fifths of these are as many as a distance takes; all would be read anew for every model.
                 command += ["--keep-models", "--source", f"{self.source},train_images=2500"]
+                command += ["--neutral", scale.neutral]
                 out = self.out / "transfer" / architecture
             protocols = ["finetune", "probe", "knn"] if target_head == TARGET_HEADS[0] else ["finetune"]
             found.append(Job([*command, *shlex.split(scale.measure), "--protocols", *protocols], out))

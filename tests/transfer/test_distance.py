@@ -48,6 +48,13 @@ def test_frechet_distance_is_that_of_gaussians_with_these_moments(d: int, seed: 
     assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-9, abs=1e-9)
 
 
+def test_sides_of_unequal_size_in_class_order_are_cut_evenly() -> None:
+    classes = np.repeat(np.arange(10.0), 100)[:, None]  # as features come: one class after the other
+    few = classes[::4]
+    assert frechet_distance(classes, few) < 0.05
+    assert frechet_distance(classes, few) == frechet_distance(few, classes)
+
+
 def test_fewer_images_than_features() -> None:
     rng = np.random.default_rng(2)
     x = rng.normal(size=(20, 64))

@@ -308,11 +308,15 @@ def test_a_kept_model_is_the_one_that_was_scored(
     assert (logits.argmax(1).numpy() == result.y).tolist() == result.correct.astype(bool).tolist()
     config = json.loads((folder / "config.json").read_text())
     assert ("etf" in config) == (head != "learned")
+    assert json.loads((folder / "results.json").read_text())["finetuned"]["target"] == "bars"
+    assert f"Fine-tuned on bars, from `local-dir:{models}/fixed0`" in (folder / "README.md").read_text()
     restored = timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
     assert len(list(fixed_classifiers(restored))) == (head != "learned")
-    before = times(tmp_path)
+    before = times(tmp_path / "out")
+    assert any("finetune" in path for path in before)
+    written = folder.stat().st_mtime_ns
     run(chosen)
-    assert times(tmp_path) == before
+    assert (times(tmp_path / "out"), folder.stat().st_mtime_ns) == (before, written)
     shutil.rmtree(folder)  # and it comes back
     run(chosen)
     assert (folder / "model.safetensors").exists()

@@ -221,10 +221,12 @@ def _drawn(splits: Splits) -> Splits:
 
 
 def _with_a_test_split(target: Target) -> Target:
-    """An image folder as it is pretrained on has its held-out images in `validation`: they are its test split."""
+    """An image folder as it is pretrained on has its held-out images in `validation`, or `val`: its test split."""
     folder = Path(target.location)
-    lacks = target.test == "test" and target.validation != "validation" and not (folder / "test").is_dir()
-    return replace(target, test="validation") if lacks and (folder / "validation").is_dir() else target
+    if target.test != "test" or (folder / "test").is_dir():
+        return target
+    held_out = [name for name in ("validation", "val") if target.validation != name and (folder / name).is_dir()]
+    return replace(target, test=held_out[0]) if held_out else target
 
 
 def _renumber(split: Images, train: Images) -> Images:

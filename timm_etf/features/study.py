@@ -276,11 +276,22 @@ def sample(folder: Path, images: int, most: int) -> tuple[NDArray[np.float32], N
         images: How many there are.
         most: How many to take.
     """
-    every = -(-images // most)
+    rows = spaced(images, most)
     x, y, seen = [], [], 0
     for x_chunk, y_chunk in stream(folder):
-        first = -seen % every
-        x.append(x_chunk[first::every])
-        y.append(y_chunk[first::every])
+        here = rows[(rows >= seen) & (rows < seen + len(y_chunk))] - seen
+        x.append(x_chunk[here])
+        y.append(y_chunk[here])
         seen += len(y_chunk)
     return np.concatenate(x), np.concatenate(y)
+
+
+def spaced(rows: int, most: int) -> NDArray[np.int64]:
+    """At most so many of the rows, evenly spaced.
+
+    Example:
+        >>> spaced(7, 3).tolist(), spaced(2, 3).tolist()
+        ([0, 2, 4], [0, 1])
+    """
+    count = min(rows, most)
+    return np.arange(count) * rows // max(1, count)

@@ -112,6 +112,7 @@ def card(
             frame=_FRAMES.get(etf["frame"], f"the frame `{etf['frame']}`") if etf else None,
             whitened="_sw" in config["architecture"],
             source=results.get("source"),
+            finetuned=results.get("finetuned"),
             transfer=transfer,
             retrieval=results.get("retrieval", {}),
             difference=_difference,

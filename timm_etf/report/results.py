@@ -226,12 +226,15 @@ class Checkpoint(TypedDict, total=False):
     Attributes:
         schema: `SCHEMA`.
         source: The source task: `data`, `count`, `top1` and `top5` in percent, collapse metrics, how it was trained.
+        finetuned: Of a model that `timm-etf transfer` kept: what it was fine-tuned from (`finetuned_from`), on which
+            `target`, with which `seed`, and the `key` of that result.
         transfer: One part for each comparison.
         retrieval: By data set.
     """
 
     schema: int
     source: dict[str, Any]
+    finetuned: dict[str, Any]
     transfer: list[Own]
     retrieval: dict[str, OwnGallery]
 

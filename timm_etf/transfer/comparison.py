@@ -130,8 +130,8 @@ class Comparison:
     def distance_of(self, target: Target, kind: str = "proxy_a", label: str | None = None) -> float:
         """A target's distance from the source: under the neutral model, or the mean over a label's, or all, models."""
         models: Sequence[int | str] = ["neutral"] if label is None else self.members(label)
-        if label is None and ("neutral", target.name) not in self.distance:
-            models = range(len(self.candidates))
+        if label is None and not any(model == "neutral" for model, _ in self.distance):
+            models = range(len(self.candidates))  # one measure for all targets: a neutral model's, where there is one
         found = [self.distance[m, target.name][kind] for m in models if (m, target.name) in self.distance]
         return float(np.mean(found)) if found else float("nan")
 

@@ -14,18 +14,18 @@ from timm_etf.atomic import write_json
 from timm_etf.data.images import Images, Splits, find_targets, open_splits
 from timm_etf.errors import UsageError, one_line
 from timm_etf.features.candidates import parse_models
-from timm_etf.features.extract import extract
-from timm_etf.features.study import Study, sample
+from timm_etf.features.extract import extract, identity
+from timm_etf.features.study import Study, sample, spaced
 from timm_etf.processes import exact_device, processes
 from timm_etf.report.statistics import percentiles
 from timm_etf.transfer.logistic import logistic_path
 
 IMAGES = 2000
-"""Images of either side, at most: as many of each, for both distances grow with fewer."""
+"""Images of either side, at most: as many of each and for every target, for Fréchet's distance grows with fewer."""
 
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Distances:
@@ -50,13 +50,15 @@ class Distances:
                 raise UsageError(f"--source {settings.source}: {next(iter(missing.values()))}")
             self.source = open_splits(targets[0]).train
 
-    def measure(self, model_name: int | str, model: nn.Module, splits: Splits) -> None:
-        """A target's training images from the source's, in the features of a model."""
+    def measure(
+        self, model_name: int | str, model: nn.Module, splits: Splits, made_from: dict[str, Any] | None = None
+    ) -> None:
+        """A target's training images from the source's, in the features of a model; see `extract` for `made_from`."""
         if self.source is None:
             return
         name = splits.target.name
         try:
-            folders = [self._features(model, images) for images in (self.source, splits.train)]
+            folders = [self._features(model, images, made_from) for images in (self.source, splits.train)]
             if processes().is_main_process:
                 self.found[model_name, name] = self._between(folders, [self.source, splits.train])
         except Exception as e:
@@ -72,21 +74,25 @@ class Distances:
         except UsageError as e:
             self.study.missing[f"{self.neutral.name}, neutral"] = one_line(e)
             return
+        made_from = identity(model)
         for splits in self.study.opened.values():
-            self.measure("neutral", model, splits)
+            self.measure("neutral", model, splits, made_from)
 
-    def _features(self, model: nn.Module, images: Images) -> Path:
+    def _features(self, model: nn.Module, images: Images, made_from: dict[str, Any] | None) -> Path:
         s = self.settings
         cache, options = s.features or s.out / "features", {k: getattr(s, k) for k in ("precision", "batch_size")}
-        return extract(model, images, cache, layers=self.study.layers, workers=s.workers, **options)
+        return extract(
+            model, images, cache, layers=self.study.layers, workers=s.workers, made_from=made_from, **options
+        )
 
     def _between(self, folders: list[Path], images: list[Images]) -> dict[str, float]:
-        path = folders[1] / f"distance-{folders[0].name}.json"
+        everything = [images[0], *(splits.train for splits in self.study.opened.values())]
+        most = min(IMAGES, *map(len, everything))
+        path = folders[1] / f"distance-{folders[0].name}-{most}.json"
         if path.exists():
             known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
             if known.pop("version", 0) == _VERSION:
                 return known
-        most = min(IMAGES, *map(len, images))
         source, target = (sample(f, len(i), most)[0] for f, i in zip(folders, images, strict=True))
         device = exact_device(processes().device)
         found = {
@@ -143,7 +149,7 @@ def frechet_distance(source: Any, target: Any) -> float:
 
     Args:
         source: Features [n, d].
-        target: Features [m, d], cut to as many.
+        target: Features [m, d]; where they are more, or fewer, as many of both are taken, evenly spaced.
 
     Returns:
         The squared distance, at least 0, in squared units of the features: compare it within one model. From few images
@@ -161,7 +167,8 @@ def frechet_distance(source: Any, target: Any) -> float:
     a, b = (np.asarray(x, dtype=np.float64) for x in (source, target))
     _check(a, b)
     n = min(len(a), len(b))
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False, ddof=1)) for x in (a[:n], b[:n]))
+    as_many = (x[spaced(len(x), n)] for x in (a, b))
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False, ddof=1)) for x in as_many)
     values, vectors = np.linalg.eigh(np.atleast_2d(cov_a))
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.linalg.eigvalsh(root @ np.atleast_2d(cov_b) @ root)

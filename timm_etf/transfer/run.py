@@ -140,7 +140,7 @@ def run(settings: Settings) -> Report:
                     study.missing[f"{study.title(measured.number)}: {pair.data}, collapse"] = one_line(e)
             lined_up = list(_line_up(settings, study, measured, pair))
             jobs += [job for job, _ in lined_up]
-            distances.measure(measured.number, measured.model, pair.splits)
+            distances.measure(measured.number, measured.model, pair.splits, measured.identity)
             mine = lined_up[state.process_index :: state.num_processes]
             bar = tqdm(mine, unit="job", leave=False, disable=None if state.is_main_process else True)
             for job, compute in bar:
@@ -254,7 +254,7 @@ def _with_head(model: nn.Module, frame: str | torch.Tensor | None, seed: int, nu
 
 def _keep(folder: Path, pair: Pair, about: dict[str, Any], model: nn.Module) -> None:
     names = list(pair.splits.train.class_names)
-    hub.export(model.cpu(), folder, label_names=names, recipe=about, overwrite=True)
+    hub.export(model.cpu(), folder, label_names=names, results={"finetuned": about}, overwrite=True)
 
 
 def _is_kept(job: Job) -> bool:
@@ -262,10 +262,10 @@ def _is_kept(job: Job) -> bool:
     if job.model is None:
         return True
     try:
-        config = json.loads((job.model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kept = json.loads((job.model / "results.json").read_text(encoding="utf-8"))["finetuned"]["key"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return job.key in json.dumps(config)
+    return bool(kept == job.key)
 
 
 def _collapse(pair: Pair) -> dict[str, float]:
