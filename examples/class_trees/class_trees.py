@@ -3,8 +3,8 @@
     python examples/class_trees/class_trees.py OUT --data-root DATA    # DATA as `timm-etf data build offline` fills it
 
 Emoji under Unicode's groups and subgroups, letters under their scripts. A quarter of the classes is held out, whole:
-its images tell whether features of what was never seen are in order. Every arm is tuned on unseen styles of the other
-classes, with a third of the passes and one seed, then trained with several seeds and measured. It goes on where it was
+its images tell whether features of what was never seen are in order. Every arm is tuned on a quarter of the other
+classes' training images, with a third of the passes and one seed, then trained with several seeds and measured. It goes on where it was
 stopped; OUT/results.json has everything, OUT/report.md the tables.
 """
 
@@ -128,7 +128,7 @@ def motif(name: str) -> str:
 
 
 def prepare(folder: Path, splits: dict[str, list[Path]], groups: dict[str, str]) -> None:
-    """Write `seen` and `held-out` with their tree, unless they are there.
+    """Write `seen`, `held-out` and, to tune on, parts of `seen`'s training images, with their tree; once.
 
     Args:
         folder: Where.
@@ -151,7 +151,12 @@ def prepare(folder: Path, splits: dict[str, list[Path]], groups: dict[str, str])
             for path in paths:
                 half = "held-out" if name_of(path) in held else "seen"
                 shutil.copytree(path, new / half / split / name_of(path))
-        for half in ("seen", "held-out"):
+        for path in sorted((new / "seen" / "train").iterdir()):
+            for number, image in enumerate(sorted(path.iterdir())):
+                part = new / "tuning" / ("validation" if number % 4 == 3 else "train") / path.name
+                part.mkdir(parents=True, exist_ok=True)
+                shutil.copy(image, part)
+        for half in ("seen", "held-out", "tuning"):
             lines = [f"{p.name}\t{groups[p.name]}" for p in sorted((new / half / "train").iterdir())]
             write_text(new / half / "tree.tsv", "\n".join(lines) + "\n")
 
@@ -168,7 +173,7 @@ class Trees:
     def __init__(self, options: argparse.Namespace, source: str) -> None:
         self.options, self.source, self.out = options, source, options.out / source
         self.data = self.out / "data"
-        self.seen, self.held = self.data / "seen", self.data / "held-out"
+        self.seen, self.held, self.tuned_on = (self.data / part for part in ("seen", "held-out", "tuning"))
         self.arms = {name: ARMS[name] for name in options.arms or ARMS}
 
     def prepare(self) -> None:
@@ -206,7 +211,7 @@ class Trees:
     def tuning(self) -> list[study.Job]:
         """Every arm with everything in the grid."""
         return [
-            self._training(arm, self.folder(arm, "tune", *at), *at, seed=0, repeats=1)
+            self._training(arm, self.folder(arm, "tune", *at), self.tuned_on, *at, seed=0, repeats=1)
             for arm in self.arms
             for at in GRID
         ]
@@ -214,18 +219,20 @@ class Trees:
     def training(self) -> list[study.Job]:
         """Every arm with what it does best with, the first seed of all before the second."""
         return [
-            self._training(arm, self.folder(arm, seed), *self.chosen(arm), seed=seed, repeats=3)
+            self._training(arm, self.folder(arm, seed), self.seen, *self.chosen(arm), seed=seed, repeats=3)
             for seed in range(self.options.seeds)
             for arm in self.arms
         ]
 
-    def _training(self, arm: str, out: Path, batch: int, lr: float, seed: int, repeats: int) -> study.Job:
+    def _training(
+        self, arm: str, out: Path, data: Path, batch: int, lr: float, *, seed: int, repeats: int
+    ) -> study.Job:
         of, options = self.arms[arm], self.options
         # As wide as a frame of so many classes needs, for all arms.
         width = max(512, -(-(self.classes - 1) // 16) * 16)
-        more = [str(self.seen / "tree.tsv") if word == "TREE" else word for word in of.more]
+        more = [str(data / "tree.tsv") if word == "TREE" else word for word in of.more]
         command = ["pretrain", "--model", "resnet10t" + ("_etf" if of.fixed else ""), *more, "--out", out]
-        command += ["--data-dir", self.seen, *COMMON.split(), "--batch-size", batch, "--lr", lr, "--seed", seed]
+        command += ["--data-dir", data, *COMMON.split(), "--batch-size", batch, "--lr", lr, "--seed", seed]
         command += ["--epochs", options.epochs, "--epoch-repeats", repeats, "--workers", 0, "--checkpoint-hist", 1]
         command += ["--model-kwargs", f"channels=(32, 64, 128, {width})", "stem_width=16", *options.pretrain]
         if (out / "run.json").exists():
@@ -245,7 +252,7 @@ class Trees:
         return {"seen": self.seen, "held-out": self.held}
 
     def tuned(self, arm: str) -> dict[str, float]:
-        """Accuracy on unseen styles by what is in the grid."""
+        """Accuracy on the images that were held back, by what is in the grid."""
         files = {f"batch {b}, lr {lr}": self.folder(arm, "tune", b, lr) / "results.json" for b, lr in GRID}
         return {at: json.loads(f.read_text())["source"]["top1"] if f.exists() else -1.0 for at, f in files.items()}
 

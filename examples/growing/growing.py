@@ -4,7 +4,8 @@
 
 Backbones are trained on 300 of icons-400's 399 names, under a simplex with 99 reserved vectors and under a learned
 head. Then the other 99 names come, with 5, 10 or 30 images each, beside 5 of each old name, and both are tuned alike.
-Nearest class means of the first backbones' features are what both are to be better than; they know the same images.
+Nearest class means of the first backbones' features are what both are to be better than: of the same images, and of
+all those of old names, which a class mean can keep for nothing.
 It goes on where it was stopped; OUT/results.json has every run, and the table is printed.
 """
 
@@ -118,6 +119,7 @@ class Growing:
             for shots in self.options.shots:
                 told = found.setdefault(str(shots), {})
                 told[f"nearest class mean, {head}"] = self._nearest_mean(start, shots)
+                told[f"nearest class mean of all old images, {head}"] = self._nearest_mean(start, shots, whole=True)
                 tuned = timm_etf.create_model(f"local-dir:{self.trained(head, seed, shots)}", pretrained=True).eval()
                 told[head] = self._scored(*self._logits(tuned, shots))
         found["old logits stay bit for bit"] = self.same_logits(seed)
@@ -135,10 +137,11 @@ class Growing:
             logits = model.get_classifier()(torch.from_numpy(found.x))
         return logits[:, [names.index(name) for name in found.class_names]], found
 
-    def _nearest_mean(self, model: nn.Module, shots: int) -> dict[str, float]:
+    def _nearest_mean(self, model: nn.Module, shots: int, *, whole: bool = False) -> dict[str, float]:
         train, test = (self._features(model, shots, split) for split in ("train", "test"))
-        means = torch.stack([torch.from_numpy(train.x[train.y == k]).mean(0) for k in range(len(train.class_names))])
-        return self._scored(-torch.cdist(torch.from_numpy(test.x).double(), means.double()), test)
+        means = class_means(train) | (class_means(self._features(model, 0, "train")) if whole else {})
+        means_KD = torch.stack([means[name] for name in test.class_names])
+        return self._scored(-torch.cdist(torch.from_numpy(test.x).double(), means_KD), test)
 
     def _scored(self, ranks: torch.Tensor, found: Any) -> dict[str, float]:
         y = torch.from_numpy(found.y)
@@ -147,13 +150,22 @@ class Growing:
         return old_and_new(int(right.sum()), len(right), int(right[is_old].sum()), int(is_old.sum()))
 
     def same_logits(self, seed: int) -> bool:
-        """Whether naming reserved vertices, the backbone left alone, changes no logit of an old class."""
+        """Whether naming reserved vertices, the backbone left alone, changes no logit of an old class.
+
+        Those that are tuned have another backbone, and other logits.
+        """
         model = timm_etf.create_model(f"local-dir:{self.trained('reserved vertices', seed)}", pretrained=True).eval()
         x = torch.randn(64, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             before = model(x)[:, : len(self.old)]
             after = timm_etf.grow_classifier(model, self.new)(x)[:, : len(self.old)]
         return torch.equal(before, after)
+
+
+def class_means(found: Any) -> dict[str, torch.Tensor]:
+    """Mean feature of each class, float64, by its name."""
+    x, y = torch.from_numpy(found.x).double(), torch.from_numpy(found.y)
+    return {name: x[y == k].mean(0) for k, name in enumerate(found.class_names)}
 
 
 def imprinted(old: Path, data: Path) -> tuple[nn.Module, list[str]]:
