@@ -58,6 +58,10 @@ def test_the_classes_of_a_tree_are_held_out_whole_and_every_arm_can_be_trained(d
     assert (len(classes["seen"]), len(classes["held-out"])) == (12, 3)
     assert not set(classes["seen"]) & set(classes["held-out"])
     assert classes["seen"] == sorted(p.name for p in (study.seen / "validation").iterdir())
+    held_back = [p.relative_to(study.tuned_on / "validation") for p in (study.tuned_on / "validation").rglob("*.png")]
+    assert len(held_back) == 12 * 12 // 4
+    assert not any((study.tuned_on / "train" / path).exists() for path in held_back)
+    assert all((study.seen / "train" / path).exists() for path in held_back)
     tree = ClassTree.read(study.seen / "tree.tsv", classes["seen"])
     assert {path.split("/")[0] for path in tree.paths} == set(class_trees.SCRIPTS)
     jobs = study.tuning() + study.training()
