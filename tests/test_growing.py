@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 import timm_etf
+from tests.conftest import write_images
 from timm_etf import UsageError, frames, grow_classifier, hub
+from timm_etf.embedding import Coordinates
+from timm_etf.frames import ClassTree
+from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.pretrain.setup import setup
+from timm_etf.ready import Start
+from timm_etf.studies.geometry import classifier
 
 
 def model(num_classes: int, taken: int | None = None, name: str = "test_resnet_etf", **options: object) -> nn.Module:
@@ -130,3 +137,81 @@ def test_a_convolution_and_several_classifiers_grow_alike() -> None:
     grow_classifier(pair, ["new"])
     assert pair.head.weight.shape == (9, 192)
     assert torch.equal(pair.head.weight, pair.head_dist.weight)
+
+
+def test_names_of_a_classifier_that_is_gone_are_not_those_of_this_one(tmp_path: Path) -> None:
+    net = model(6, 4)
+    net.pretrained_cfg = {**net.pretrained_cfg, "label_names": [f"old{i}" for i in range(9)]}
+    folder = hub.export(net, tmp_path / "before")
+    assert "label_names" not in json.loads((folder / "config.json").read_text())
+    grow_classifier(net, ["lynx"])
+    assert net.pretrained_cfg["label_names"] == ["0", "1", "2", "3", "lynx", "reserved 1"]
+
+
+def test_reserved_vectors_are_no_classes_to_meet_in() -> None:
+    old, new = model(6, 4), model(6, 5)
+    for net, names in ((old, list("abcd")), (new, list("abcde"))):
+        net.pretrained_cfg = {
+            **net.pretrained_cfg,
+            "label_names": [*names, *["reserved 1", "reserved 2"][: 6 - len(names)]],
+        }
+    systems = [Coordinates.of(net) for net in (old, new)]
+    assert [c.names for c in systems] == [("a", "b", "c", "d"), ("a", "b", "c", "d", "e")]
+    x = torch.randn(3, 96)
+    expected = nn.functional.linear(x, old.fc.weight[:4])
+    torch.testing.assert_close(systems[0](x), expected - expected.mean(1, keepdim=True))
+    torch.testing.assert_close(systems[1].among(list("abcd"))(x).shape, expected.shape)
+    head = classifier(old, list("abcd"))
+    assert head.weight.shape == (4, 96)
+    assert old.fc.weight.shape == (6, 96)
+    torch.testing.assert_close(head(x), expected)
+    assert classifier(old, list("abdc")) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_norm": True, "logit_scale": 10.0}, {"logit_scale": 4.0}], ids=str)
+@pytest.mark.parametrize("kind", ["tree", "orthoplex", "reserved"])
+def test_a_frame_that_was_there_stays_under_another_scale(
+    tmp_path: Path, kind: str, options: dict[str, object]
+) -> None:
+    num_classes = {"tree": 4, "orthoplex": 120, "reserved": 6}[kind]
+    tree = ClassTree(("a/b", "a/c", "d/e", "d/f"))
+    net = model(num_classes, 5 if kind == "reserved" else None, **({"frame": tree} if kind == "tree" else {}))
+    start = Start(f"local-dir:{hub.export(net, tmp_path / 'model')}")
+    plain = timm.create_model("test_resnet", num_classes=num_classes)
+    start.give(plain, classifier=True)
+    head = start.fix(plain, **options).fc
+    assert (head.frame, head.seed, head.taken, head.tree) == (net.fc.frame, net.fc.seed, net.fc.taken, net.fc.tree)
+    assert head.feature_norm == options.get("feature_norm", False)
+    scale = options.get("logit_scale", 1.0)
+    torch.testing.assert_close(head.weight, scale * net.fc.weight)
+    assert options or torch.equal(head.weight, net.fc.weight)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_resnet_etf"])
+def test_kept_rows_stay_with_their_classes(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "data", "train", 4)
+    write_images(tmp_path / "data", "validation", 2)
+    old = timm.create_model(name, num_classes=6)
+    names = ["class3", "class1"]
+    if name.endswith("_etf"):
+        old.fc.taken = 2
+    folder = hub.export(old, tmp_path / "old", label_names=names)
+    options = {"model": name, "data_dir": tmp_path / "data", "out": tmp_path / "run", "workers": 0, "img_size": 32}
+    options |= {"init": f"local-dir:{folder}", "epochs": 2, "warmup_epochs": 0, "batch_size": 4}
+    run = setup(PretrainConfig(**options, keep_classifier=True, reserve=1))
+    assert run.class_names == ["class3", "class1", "class0", "class2", "class4"]
+    assert torch.equal(run.step.model.fc.weight, old.fc.weight)
+    assert not capsys.readouterr().err
+    run.close()
+    with pytest.raises(
+        UsageError, match=r"fc\.weight is .6, 96. there and .5, 96. in this model\. --keep-classifier needs"
+    ):
+        setup(PretrainConfig(**options, keep_classifier=True))
+    setup(PretrainConfig(**options)).close()
+    assert ("--keep-classifier goes on under the one" in capsys.readouterr().err) == name.endswith("_etf")
+
+
+def test_what_a_projector_would_lose_is_not_reserved(tmp_path: Path) -> None:
+    options = {"model": "test_resnet_etf", "data_dir": tmp_path, "out": tmp_path / "run", "reserve": 2}
+    with pytest.raises(UsageError, match="leave out --reserve or the projector"):
+        PretrainConfig(**options, model_kwargs=("projector=mlp",)).check()

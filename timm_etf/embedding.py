@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from timm_etf.classifier import classifier_names
 from timm_etf.errors import UsageError
+from timm_etf.growing import own_class_names
 from timm_etf.heads import FixedClassifier
 
 __all__ = ["Coordinates", "Embedding", "embed", "isometry", "weights_hash"]
@@ -161,7 +162,7 @@ class Coordinates:
 
     @classmethod
     def of(cls, model: nn.Module, *, strict: bool = False) -> "Coordinates":
-        """Those of a timm model.
+        """Those of a timm model, relative to the classes that it has: not to those that are reserved.
 
         Raises:
             UsageError: If it has not exactly one classifier, or, with `strict`, no frame.
@@ -177,13 +178,13 @@ class Coordinates:
                 f"{kind_of_model} has an ordinary classifier and no frame: timm_etf.fix_classifier(model, "
                 "frame='nearest') gives it one, and without strict its centred logits are taken."
             )
-        own = model.pretrained_cfg.get("label_names") or ()  # type: ignore[union-attr, operator]
-        named = len(own) == len(head.weight)  # else they are of a classifier that was here before
-        names = tuple(map(str, own if named else range(len(head.weight))))
-        if not isinstance(head, FixedClassifier):
-            return cls(names, named, "logits", head, None)
-        basis = None if head.frame == "simplex" else isometry(head.weight.flatten(1)).float()
-        return cls(names, named, _kind(head), head, basis)
+        own, every = own_class_names(model), range(len(head.weight))
+        names = (*own, *map(str, every[len(own) :]))
+        whole = cls(names, bool(own), "logits", head, None)
+        if isinstance(head, FixedClassifier):
+            basis = None if head.frame == "simplex" else isometry(head.weight.flatten(1)).float()
+            whole = replace(whole, kind=_kind(head), basis=basis)
+        return whole.among(own) if own else whole  # of those that have names: the others are still to come
 
     def among(self, names: Sequence[str]) -> "Coordinates":
         """Coordinates relative to some of the classes, in a given order: those of a model that has no others.

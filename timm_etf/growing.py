@@ -25,7 +25,7 @@ def grow_classifier(model: nn.Module, names: Sequence[str], *, seed: int = 0) ->
     Args:
         model: A model with one or more `FixedClassifier`; changed in place.
         names: Names of the new classes. They are put behind the old ones in `model.pretrained_cfg["label_names"]`,
-            where the model has them, and from there into exports.
+            numbers where the model has none, and from there into exports.
         seed: Of the new vectors, where the frame is enlarged.
 
     Returns:
@@ -48,8 +48,7 @@ def grow_classifier(model: nn.Module, names: Sequence[str], *, seed: int = 0) ->
         )
     first = heads[0][1]
     taken = first.out_features if first.taken is None else first.taken
-    cfg = dict(getattr(model, "pretrained_cfg", {}))
-    known = list(cfg.get("label_names") or ())[:taken]
+    known = [*own_class_names(model), *map(str, range(taken))][:taken]
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"The names of the new classes are a list of texts, got {names!r}.")
     if twice := next((n for i, n in enumerate(names) if n in known or n in names[:i]), None):
@@ -60,10 +59,27 @@ def grow_classifier(model: nn.Module, names: Sequence[str], *, seed: int = 0) ->
             _enlarge(name, head, further, seed)
         head.taken = taken + len(names)
     model.num_classes = first.out_features  # type: ignore[assignment]
-    if known:
-        cfg["label_names"] = with_reserved([*known, *names], first.out_features)
-    model.pretrained_cfg = cfg  # type: ignore[assignment]
+    label_names = with_reserved([*known, *names], first.out_features)
+    model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "label_names": label_names}  # type: ignore[assignment]
     return model
+
+
+def own_class_names(model: nn.Module) -> list[str]:
+    """Names of a model's classes in the order of its classifier's rows, without those that are reserved.
+
+    Empty where the model names none, or as many as another classifier had that was there before.
+    """
+    names = list(map(str, getattr(model, "pretrained_cfg", {}).get("label_names") or ()))
+    if len(names) != getattr(model, "num_classes", 0):
+        return []
+    taken = next((head.taken for _, head in fixed_classifiers(model)), None)
+    while taken is None and names and _is_reserved(names[-1]):
+        names.pop()
+    return names[:taken]
+
+
+def _is_reserved(name: str) -> bool:
+    return name.startswith("reserved ") and name.removeprefix("reserved ").isdecimal()
 
 
 def with_reserved(names: Sequence[str], num_classes: int) -> list[str]:

@@ -152,6 +152,22 @@ class FixedClassifier(Head):
         return self.weight if self.logit_scale is None else self.weight * self.logit_scale
 
     @torch.no_grad()
+    def again(
+        self, *, logit_scale: float | None = None, feature_norm: bool | None = None, learn_scale: bool = False
+    ) -> "FixedClassifier":
+        """The same frame, without its projector, under another scale or normalisation: options as `fix_classifier`'s.
+
+        Without another scale the weight stays bit for bit, its learned factor folded in.
+        """
+        weight = self.plain_weight().detach().clone()
+        if logit_scale is not None:
+            weight *= logit_scale / weight[0].double().norm().item()
+        about = {name: getattr(self, name) for name in ("frame", "seed", "origin", "tree", "taken")}
+        norm = self.feature_norm if feature_norm is None else feature_norm
+        has_bias = self.bias is not None
+        return FixedClassifier(weight, bias=has_bias, feature_norm=norm, learn_scale=learn_scale, **about)
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the frame again, from the seed and with the scale that it was made with; a projector stays as it is.
 

@@ -1,6 +1,5 @@
 """Models to train: weights that are there, to start from and to learn from, and the same model on every process."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from timm_etf.classifier import classifier_names, fix_classifier, fixed_classifiers
 from timm_etf.errors import UsageError, first_line
 from timm_etf.frames import codes
+from timm_etf.growing import own_class_names
 from timm_etf.hub.load import create_model
 from timm_etf.processes import processes
 
@@ -47,12 +47,9 @@ class Start:
             raise UsageError(f"Cannot start from {weights} ({first_line(e).rstrip('.')}): get it again.") from e
 
     @property
-    def taken(self) -> list[str]:
-        """Names of the classes that have the first vectors of a classifier with reserved ones; empty for any other."""
-        heads = fixed_classifiers(self.model) if self.model else ()
-        taken = next((head.taken for _, head in heads if head.taken is not None), 0)
-        cfg: Any = getattr(self.model, "pretrained_cfg", {})
-        return list(cfg.get("label_names") or ())[:taken]
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the classifier's rows, reserved ones left out; empty if not known."""
+        return own_class_names(self.model) if self.model else []
 
     def data_config(self, in_chans: int) -> dict[str, Any]:
         """How the weights want their images of `in_chans` channels, as far as it is known."""
@@ -76,10 +73,15 @@ class Start:
         ours, theirs = shapes(model.state_dict()), shapes(self.tensors)
         if ours != theirs:
             key = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
-            same = "classes for --keep-classifier" if key.startswith(heads) else "architecture and arguments"
+            fix = "--init needs the same architecture and arguments"
+            if key.startswith(heads):
+                fix = (
+                    "--keep-classifier needs the same classes: --reserve says how many are still to come, and "
+                    "timm_etf.grow_classifier adds vectors"
+                )
             raise UsageError(
                 f"The weights of {self.weights} do not fit: {key} is {theirs.get(key, 'not there')} there and "
-                f"{ours.get(key, 'not there')} in this model. --init needs the same {same}."
+                f"{ours.get(key, 'not there')} in this model. {fix}."
             )
         model.load_state_dict({key: self.tensors[key] for key in theirs}, strict=False)
 
@@ -88,12 +90,12 @@ class Start:
 
         Args:
             model: Changed in place.
-            options: Of `timm_etf.fix_classifier`, for one that was not fixed.
+            options: Of `timm_etf.fix_classifier`. A frame that was there stays under another scale or normalisation.
         """
         there = dict(fixed_classifiers(self.model)) if self.model else {}
-        if there and not options:
+        if there and not {"frame", "projector"} & options.keys():
             for name, head in there.items():
-                model.set_submodule(name, copy.deepcopy(head))
+                model.set_submodule(name, head.again(**options))
             return model
         fix_classifier(model, **{"frame": "nearest", **options})
         cfg: Any = getattr(self.model, "pretrained_cfg", {})

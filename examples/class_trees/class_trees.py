@@ -4,8 +4,8 @@
 
 Emoji under Unicode's groups and subgroups, letters under their scripts. A quarter of the classes is held out, whole:
 its images tell whether features of what was never seen are in order. Every arm is tuned on a quarter of the other
-classes' training images, with a third of the passes and one seed, then trained with several seeds and measured. It goes on
-where it was stopped; OUT/results.json has everything, OUT/report.md the tables.
+classes' training images, with a third of the passes and one seed, then trained with several seeds and measured. It goes
+on where it was stopped; OUT/results.json has everything, OUT/report.md the tables.
 """
 
 import argparse

@@ -180,27 +180,30 @@ class Study:
         return self.family.grid[accuracies.index(max(accuracies))]
 
     def write_results(self) -> None:
-        """Everything that is there, as results.json."""
-        arms = {}
+        """Everything that is there, as results.json; arms and runs that it has of before stay."""
+        file = self.out / "results.json"
+        arms: dict[str, Any] = _read(file)["arms"] if file.exists() else {}
         for name, arm in self.arms.items():
-            runs: dict[str, Any] = {}
+            runs: dict[str, Any] = arms.get(name, {}).get("runs", {})
             for seed in self.seeds(name):
                 trained = self.folder("train", name, seed)
                 if (trained / "results.json").exists():
                     runs[str(seed)] = {"source": _read(trained / "results.json")["source"]}
                     measured = [self.out / kind / trained.name / "results.json" for kind in ("transfer", "finetune")]
-                    accuracies = [_accuracies(_read(file)) for file in measured if file.exists()]
+                    accuracies = [_accuracies(_read(path)) for path in measured if path.exists()]
                     runs[str(seed)]["transfer"] = {k: v for found in accuracies for k, v in found.items()}
                     if measured[1].exists():
                         runs[str(seed)]["finetune_rates"] = _rates(_read(measured[1]))
             batch, lr = self.chosen(name)
-            chosen = {"batch_size": batch, "lr": lr}
-            options = arm.options(self.options.family)
-            arms[name] = {"options": options, "tuned": self.tuned(name), "chosen": chosen, "runs": runs}
+            tuned, chosen = self.tuned(name), {"batch_size": batch, "lr": lr}
+            if name in arms and None in tuned.values():
+                tuned, chosen = arms[name]["tuned"], arms[name]["chosen"]
+            arms[name] = {"options": arm.options(self.options.family), "tuned": tuned, "chosen": chosen, "runs": runs}
+        arms = {name: arms[name] for name in ARMS if name in arms}
         asked = {k: getattr(self.options, k) for k in ("family", "epochs", "finetune_steps")}
         settings: dict[str, Any] = {**asked, "options": f"{COMMON} {self.family.options}", "grid": self.family.grid}
         settings |= {"choice": CHOICE, "headline": HEADLINE}
-        write_json(self.out / "results.json", {"settings": settings, "arms": arms})
+        write_json(file, {"settings": settings, "arms": arms})
 
 
 def _rates(told: dict[str, Any]) -> dict[str, float]:

@@ -75,7 +75,7 @@ def test_a_run_goes_on_with_more_classes_on_the_reserved_vectors(images: Path, t
     for split in (task.train, task.val):
         labels = {Path(path).parent.name: label for path, label in split.reader.samples}
         assert labels == {"class0": 0, "class1": 1, "class3": 3, "class4": 4, "aardvark": 5}
-    with pytest.raises(UsageError, match="needs the same classes for --keep-classifier"):
+    with pytest.raises(UsageError, match="--keep-classifier needs the same classes: --reserve says"):
         pretrain(config(data, tmp_path / "more", **settings | {"reserve": 3}))
 
 

@@ -92,7 +92,8 @@ def resolve(name: str, num_classes: int, dim: int) -> str:
             return "simplex"
         return "orthoplex" if num_classes <= 2 * dim else "spherical_code"
     if name not in FRAMES:
-        raise UsageError(f"Unknown frame {name!r}: use 'auto' or one of {', '.join(map(repr, FRAMES))}.")
+        means = " From class means: timm_etf.frames.from_means, or --frame-from-means." if "means" in name else ""
+        raise UsageError(f"Unknown frame {name!r}: use 'auto' or one of {', '.join(map(repr, FRAMES))}.{means}")
     return name
 
 

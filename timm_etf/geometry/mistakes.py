@@ -146,7 +146,8 @@ def sibling_neighbours(features: Tensor, labels: Tensor, distance: Tensor, heigh
         features: [N, d], of any scale; neighbours are by cosine.
         labels: Classes, [N].
         distance: [K, K].
-        height: Largest distance of two classes of one group; 1 for siblings in a tree.
+        height: Largest distance of two classes of one group; 1 for siblings in a tree whose classes are all of one
+            depth. (In another, two classes beside a group are as far apart as that is high.)
 
     Returns:
         In [0, 1], over the samples for which there is one of another class in their group; `nan` without any.

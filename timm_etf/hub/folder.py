@@ -87,9 +87,8 @@ def export(
                 "one: timm_etf.free_classifier(model)."
             )
     if label_names is None:
-        known = cfg.get("label_names") or []
-        reserves = any(head.taken is not None for _, head in fixed_classifiers(model))
-        label_names = list(known) if reserves or len(known) == model.num_classes else None
+        known = list(cfg.get("label_names") or ())
+        label_names = known if len(known) == model.num_classes else None
     trained = model
     if any(head.projector is not None for _, head in replaced_classifiers(model)):
         model = copy.deepcopy(model)

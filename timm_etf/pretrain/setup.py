@@ -132,9 +132,9 @@ def setup(config: PretrainConfig) -> Run:
     if not config.resume:
         require_new_folder(config.out, "continue that run with --resume, or choose another --out")
     accelerator = _accelerator(config)
-    start = _start(config)
+    start = _start(config, accelerator)
     taught = teacher(config.distill, in_chans=config.in_chans, **img_size_argument(config)) if config.distill else None
-    first = start.taken if start and config.keep_classifier else []
+    first = start.class_names if start and config.keep_classifier else []
     task = data.open_on_all(config, getattr(taught, "num_classes", None), first)
     names = taught.pretrained_cfg.get("label_names") if taught else task.class_names
     tree = data.class_tree(config, names)
@@ -236,12 +236,20 @@ def _blaming(options: str) -> Iterator[None]:
         raise UsageError(f"These settings cannot work ({type(e).__name__}: {first_line(e)}): check {options}.") from e
 
 
-def _start(config: PretrainConfig) -> Start | None:
+def _start(config: PretrainConfig, accelerator: Accelerator) -> Start | None:
     """Weights to start from; a run that has checkpoints needs them no more, but for the classifier's origin."""
     resumed = config.resume and checkpoint.all_of(config.out)
     if not config.initial_weights or (resumed and not config.keep_classifier):
         return None
-    return Start(config.initial_weights, in_chans=config.in_chans, **img_size_argument(config))
+    start = Start(config.initial_weights, in_chans=config.in_chans, **img_size_argument(config))
+    heads = fixed_classifiers(start.model) if start.model else ()
+    if not config.keep_classifier and any(h.taken for _, h in heads) and accelerator.is_main_process:
+        print(
+            f"warning: {config.initial_weights} has vectors reserved for further classes, and this run begins with a "
+            "classifier of its own: --keep-classifier goes on under the one that is there.",
+            file=sys.stderr,
+        )
+    return start
 
 
 def _create_model(

@@ -1,5 +1,6 @@
 """`timm-etf geometry`: collapse metrics and class covariance of any model on any data, as tables and heat maps."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from timm_etf.geometry import (
     total_variance,
 )
 from timm_etf.geometry.metrics import CollapseMetrics, NearestMeanAgreement
+from timm_etf.growing import own_class_names
 from timm_etf.processes import exact_device, processes
 from timm_etf.report.page import closing, remarks, row, write
 from timm_etf.report.statistics import t_interval
@@ -96,7 +98,7 @@ def run(settings: Settings) -> dict[str, Any]:
     covariances: dict[str, dict[str, tuple[NDArray[np.float32], float]]] = {}
     for pair in study.pairs():
         splits, covariance = measure(pair, settings.picture_of)
-        if "nc3" in splits["train"] and not pair.model.pretrained_cfg.get("label_names"):  # type: ignore[union-attr, operator]
+        if "nc3" in splits["train"] and not own_class_names(pair.model):
             study.note(
                 f"{pair.label} on {pair.data}: the model names no classes; they are taken to be the data's, in order"
             )
@@ -139,16 +141,23 @@ def measure(
 
 
 def classifier(model: nn.Module, class_names: Sequence[str]) -> Any:
-    """A model's classifier, or None unless it is one layer and its classes are those of the data, in that order."""
+    """A model's classifier, or None unless it is one layer and its classes are those of the data, in that order.
+
+    Vectors that are reserved for further classes are left out.
+    """
     try:
         names = classifier_names(model)
-        head = model.get_submodule(names[0])
+        head: Any = model.get_submodule(names[0])
     except (UsageError, AttributeError):
         return None
-    weight: Any = getattr(head, "weight", None)
-    own = model.pretrained_cfg.get("label_names") or class_names  # type: ignore[union-attr, operator]
-    fits = len(names) == 1 and weight is not None and len(weight) == len(class_names) and list(own) == list(class_names)
-    return head if fits else None
+    own, weight = own_class_names(model), getattr(head, "weight", None)
+    if len(names) > 1 or weight is None or list(own or class_names) != list(class_names):
+        return None
+    if own and len(own) < len(weight):
+        head = copy.deepcopy(head)
+        for rows in filter(lambda rows: rows is not None, (head.weight, head.bias)):
+            rows.data = rows.data[: len(own)]
+    return head if len(head.weight) == len(class_names) else None
 
 
 def _mine(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
