@@ -213,5 +213,5 @@ def test_kept_rows_stay_with_their_classes(tmp_path: Path, name: str, capsys: py
 
 def test_what_a_projector_would_lose_is_not_reserved(tmp_path: Path) -> None:
     options = {"model": "test_resnet_etf", "data_dir": tmp_path, "out": tmp_path / "run", "reserve": 2}
-    with pytest.raises(UsageError, match="leave out --reserve or the projector"):
+    with pytest.raises(UsageError, match="leave it out, or --reserve"):
         PretrainConfig(**options, model_kwargs=("projector=mlp",)).check()

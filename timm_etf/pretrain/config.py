@@ -340,10 +340,7 @@ class PretrainConfig:
         if self.reserve and (self.hierarchy or self.distill):
             raise UsageError("--hierarchy and --distill say which classes there are: leave out --reserve.")
         if self.reserve and self.parsed_model_kwargs.get("projector"):
-            raise UsageError(
-                "An export leaves out a projector and the classifier behind it, with what is reserved there: leave out "
-                "--reserve or the projector (--model-kwargs projector=none)."
-            )
+            raise UsageError("An export has no projector and no classifier behind it: leave it out, or --reserve.")
         if self.hierarchy and (self.keep_classifier or "frame" in self.parsed_model_kwargs):
             raise UsageError("--hierarchy says which frame: leave out --keep-classifier and --model-kwargs frame=.")
         if self.keep_classifier and self.fsdp:
