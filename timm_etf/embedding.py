@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from timm_etf.errors import UsageError
 from timm_etf.growing import own_class_names
 from timm_etf.heads import FixedClassifier
 
-__all__ = ["Coordinates", "Embedding", "embed", "isometry", "weights_hash"]
+__all__ = ["Coordinates", "Embedding", "embed", "in_one_order", "isometry", "meeting", "shared", "weights_hash"]
 
 Space = Literal["frame", "features"]
 
@@ -232,6 +233,32 @@ class Coordinates:
     def _input(self, features: Tensor) -> Tensor:
         x = features.to(self.head.weight)
         return x[..., None, None] if self.head.weight.ndim == 4 else x
+
+
+def in_one_order(*pair: Coordinates) -> tuple[Coordinates, Coordinates]:
+    """Both, and if one names no classes, but has as many, with the names of the other."""
+    mine, other = pair
+    if mine.named == other.named or len(mine.names) != len(other.names):
+        return mine, other
+    names = mine.names if mine.named else other.names
+    return replace(mine, names=names, named=True), replace(other, names=names, named=True)
+
+
+def meeting(mine: Coordinates, other: Coordinates) -> tuple[Coordinates, Coordinates]:
+    """Both relative to the classes that both have."""
+    mine, other = in_one_order(mine, other)
+    names = shared(mine, other)
+    return mine.among(names), other.among(names)
+
+
+def shared(mine: Coordinates, other: Coordinates) -> tuple[str, ...]:
+    """Names of the classes that both have, in one order for both; without those that one of them has twice."""
+    if mine.names == other.names:
+        return mine.names
+    if not (mine.named and other.named):  # equal numbers are not equal classes
+        return ()
+    once = ({name for name, count in Counter(c.names).items() if count == 1} for c in (mine, other))
+    return tuple(sorted(set.intersection(*once)))
 
 
 def _kind(head: FixedClassifier) -> str:

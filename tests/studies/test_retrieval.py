@@ -41,6 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "reversed": export(root / "reversed", "test_resnet", 1, NAMES[::-1], frame="simplex", seed=0),
         "unnamed": export(root / "unnamed", "test_resnet", 1, None, frame="simplex", seed=0),
         "gaussian": export(root / "gaussian", "test_resnet", 1, frame="gaussian", seed=0),
+        "gaussian-again": export(root / "gaussian-again", "test_resnet", 5, frame="gaussian", seed=0),
         "more": export(root / "more", "test_resnet", 4, ["a", *NAMES[::-1], "b"], frame="simplex", seed=1),
         "one": export(root / "one", "test_resnet", 1, [*NAMES[:1], *"abcd"]),
         "unnamed-more": export(root / "unnamed-more", "test_resnet", 1, None, classes=7),
@@ -205,9 +206,44 @@ def test_classes_are_matched_by_name(
         within["mAP"], abs=0.1
     )
     assert "reversed: its classes are in another order than the first model's; re-ordered by name" in found["notes"]
-    assert any(n.startswith("unnamed: one of it and the first model names no classes") for n in found["notes"])
+    assert any(n.startswith("unnamed: one of it and old names no classes") for n in found["notes"])
+    by_name = row(found, "reversed", "old")["spaces"]["coordinates"]
+    found = run(inputs(models, images, tmp_path / "first", "unnamed", "old", "reversed", **cache))
+    assert row(found, "reversed", "old")["spaces"]["coordinates"] == by_name  # whatever the first one lacks
+    assert row(found, "unnamed", "old")["spaces"]["coordinates"] == within
     found = run(inputs(models, images, tmp_path / "kinds", "old", "gaussian", **cache))
     assert any("frames of different kinds" in note for note in found["notes"])
+
+
+def test_centred_logits_stand_beside_the_coordinates_of_other_frames(
+    measured: tuple[Path, dict[str, Any]], models: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    cache = {"features": measured[0] / "features", "fitted": ()}
+    results = run(
+        inputs(models, images, tmp_path, "plain", "old=gaussian", "new=gaussian-again", free="plain", **cache)
+    )
+    assert "logits" not in row(results, "new", "plain")["spaces"]  # there the coordinates are
+    assert "| features | coordinates | centred | logits |" in as_markdown(results)
+    splits = open_splits(Target("bars", str(images), test="validation"))
+    found, y = {}, {}
+    for label, name, split in (("old", "gaussian", "train"), ("new", "gaussian-again", "test")):
+        net = timm.create_model(models[name], pretrained=True).eval()
+        features = features_of(net, getattr(splits, split), workers=0)
+        z = torch.nn.functional.linear(torch.from_numpy(features.x), net.fc.weight).detach().double()
+        found[label], y[label] = z - z.mean(1, keepdim=True), torch.from_numpy(features.y)
+    expected = by_ranking(found["old"], y["old"], found["new"], y["new"])
+    pair = row(results, "new", "old")
+    assert {m: v[0] for m, v in pair["spaces"]["logits"].items()} == pytest.approx(
+        {m: expected[m] for m in pair["spaces"]["logits"]}, abs=1e-3
+    )
+    free, old = (row(results, la, la, within=True)["spaces"] for la in ("plain", "old"))
+    gained = free["features"]["recall@1"][0] - old["coordinates"]["recall@1"][0]
+    gain = pair["update_gain"]["coordinates"]
+    assert (gain is None) == (gained < 1)
+    assert gain is None or gain == pytest.approx(pair["difference"]["coordinates"][0] / gained)
+    assert "5 of its 5 classes are the models' own" in as_markdown(results)
+    with pytest.raises(UsageError, match="--free new: it is one of the labels, old"):
+        run(inputs(models, images, tmp_path / "no", "old", free="new"))
 
 
 def test_models_of_different_classes_meet_in_those_they_share(

@@ -152,10 +152,15 @@ class Pair(TypedDict):
 
 
 class OnGallery(TypedDict):
-    """Retrieval on one data set; `weights_sha256` has the trainings in the order of their numbers."""
+    """Retrieval on one data set; `weights_sha256` has the trainings in the order of their numbers.
+
+    `classes` are its own, and `classes_of_the_models` how many of them every model names among its own.
+    """
 
     gallery: int
     queries: int
+    classes: NotRequired[int]
+    classes_of_the_models: NotRequired[int]
     weights_sha256: list[str | None]
     pairs: list[Pair]
     compatibility: dict[str, dict[str, float]]

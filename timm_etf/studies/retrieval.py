@@ -1,8 +1,7 @@
 """`timm-etf retrieval`: does a new model find what an old one has indexed? Every model in every other's gallery."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from timm_etf.embedding import Coordinates
+from timm_etf.embedding import Coordinates, in_one_order, meeting, shared
 from timm_etf.errors import UsageError
+from timm_etf.features.candidates import parse_models
 from timm_etf.features.extract import load
 from timm_etf.features.study import Inputs, Study
 from timm_etf.processes import exact_device, processes
@@ -27,7 +27,7 @@ from timm_etf.retrieval import METRICS, procrustes, ranked
 MAIN = METRICS[0]
 """What compatibility and gain are about."""
 
-UNTURNED = ("features", "coordinates", "centred")
+UNTURNED = ("features", "coordinates", "centred", "logits")
 """Spaces in which vectors are compared as they are."""
 
 LEAST_GAIN = 1.0
@@ -48,6 +48,8 @@ class Settings(Inputs):
     """Data sets, as the targets of timm-etf transfer: training images are the gallery, test images the queries."""
     fitted: tuple[int, ...] = (30, 100, 300, 1000)
     """Numbers of gallery images, embedded by both models, that Procrustes is fitted on, for comparison."""
+    free: str | None = None
+    """Label of freely trained models: what embedding again gains is what these find; by default each by itself."""
     seed: int = 0
     """Seed of their choice."""
 
@@ -56,6 +58,8 @@ class Settings(Inputs):
         super().check()
         if any(n < 1 for n in self.fitted):
             raise UsageError("--fitted takes numbers of images, at least 1; without any rotation is what features are.")
+        if self.free and self.free not in (labels := [candidate.label for candidate in parse_models(self.models)]):
+            raise UsageError(f"--free {self.free}: it is one of the labels, {', '.join(dict.fromkeys(labels))}.")
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,16 @@ class Training:
         found = load(self.folders[split])
         return torch.from_numpy(found.x).to(device), torch.from_numpy(found.y).to(device)
 
-    def placed(self, features: Tensor, other: "Training") -> Tensor:
+    def placed(self, features: Tensor, other: "Training", *, as_logits: bool = False) -> Tensor:
         """Features relative to the classes that both trainings have, [n, K]; in centred logits if frames differ."""
-        names = shared(self.coordinates, other.coordinates)
-        mine, theirs = (of.among(names) for of in (self.coordinates, other.coordinates))
-        place = mine if mine.kind == theirs.kind else mine.logits
+        mine, theirs = meeting(self.coordinates, other.coordinates)
+        place = mine if mine.kind == theirs.kind and not as_logits else mine.logits
         return torch.cat([place(block) for block in features.split(_BLOCK)])
+
+    def in_a_frame(self, other: "Training") -> bool:
+        """Whether the coordinates in which they meet are others than their centred logits."""
+        mine, theirs = meeting(self.coordinates, other.coordinates)
+        return mine.kind == theirs.kind and mine.basis is not None
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -131,13 +139,11 @@ def joined(study: Study, number: int, mine: Coordinates, seen: Sequence[tuple[st
     """
     title, label = study.title(number), study.candidates[number].label
     first = seen[0][1] if seen else mine
-    if not (mine.named and first.named) and len(mine.names) == len(first.names):
-        if mine.named != first.named:
-            study.note(f"{title}: one of it and the first model names no classes; they are taken to be in one order")
-        mine = replace(mine, names=first.names, named=first.named)
     for other, theirs in seen:
+        if mine.named != theirs.named and len(mine.names) == len(theirs.names):
+            study.note(f"{title}: one of it and {other} names no classes; they are taken to be in one order")
         counts = f"{len(mine.names)} and {len(theirs.names)}"
-        common = len(shared(mine, theirs))
+        common = len(shared(*in_one_order(mine, theirs)))
         if common < 2:
             raise UsageError(
                 f"{title} and {other} have {common or 'no'} class name{'s' if common != 1 else ''} in common (of "
@@ -151,16 +157,6 @@ def joined(study: Study, number: int, mine: Coordinates, seen: Sequence[tuple[st
     if mine.names != first.names and sorted(mine.names) == sorted(first.names):
         study.note(f"{title}: its classes are in another order than the first model's; re-ordered by name")
     return mine
-
-
-def shared(mine: Coordinates, other: Coordinates) -> tuple[str, ...]:
-    """Names of the classes that both have, in one order for both; without those that one of them has twice."""
-    if mine.names == other.names:
-        return mine.names
-    if not (mine.named and other.named):  # equal numbers are not equal classes
-        return ()
-    once = ({name for name, count in Counter(c.names).items() if count == 1} for c in (mine, other))
-    return tuple(sorted(set.intersection(*once)))
 
 
 def compare(
@@ -187,8 +183,12 @@ def compare(
     for g in tqdm(mine, desc=f"search of {data}", unit="gallery", leave=False, disable=hidden):
         found |= search(trainings, g, asked[g], examples, fitted, device)
     found = {pair: metrics for part in gather_object([found]) for pair, metrics in part.items()}
-    pairs = [_row(labels, pairs, found) for *labels, pairs in rows]
+    free = [i for i, t in enumerate(trainings) if t.label == settings.free]
+    pairs = [_row(labels, pairs, found, free) for *labels, pairs in rows]
+    classes = study.opened[data].train.class_names
+    known = set(classes).intersection(*(t.coordinates.names for t in trainings))
     about: dict[str, Any] = {"gallery": gallery_size, "queries": found[0, 0]["coordinates"]["queries"]}
+    about |= {"classes": len(classes), "classes_of_the_models": len(known)}
     about |= {"weights_sha256": [t.weights_sha256 for t in trainings]}
     return {**about, "pairs": pairs, "compatibility": compatibility(pairs)}
 
@@ -241,6 +241,8 @@ def placements(
     vectors, few = (normalize(mine.placed(x, other)) for x in (features, examples[:CENTRED]))
     yield "coordinates", vectors, None
     yield "centred", vectors - few.mean(0), None
+    if mine.in_a_frame(other):
+        yield "logits", normalize(mine.placed(features, other, as_logits=True)), None
     vectors, few = normalize(features), normalize(examples)
     for n in fitted:
         yield f"Procrustes {n}", vectors - few[:n].mean(0), few[:n] - few[:n].mean(0)
@@ -270,16 +272,20 @@ def pairings(labels: Sequence[str]) -> Iterator[tuple[str, str, list[tuple[int, 
 
 
 def _row(
-    labels: Sequence[str], pairs: Sequence[tuple[int, int]], found: Mapping[tuple[int, int], Mapping[str, Any]]
+    labels: Sequence[str],
+    pairs: Sequence[tuple[int, int]],
+    found: Mapping[tuple[int, int], Mapping[str, Any]],
+    free: Sequence[int],
 ) -> dict[str, Any]:
-    """What was found for a pair of labels: every metric by space and pair of trainings."""
+    """What was found for a pair of labels, by space and pair of trainings; `free` are the trainings of --free."""
     spaces = {space: {m: [found[pair][space][m] for pair in pairs] for m in METRICS} for space in found[pairs[0]]}
     about = {"queries": labels[0], "gallery": labels[1], "trainings": [list(pair) for pair in pairs], "spaces": spaces}
     if pairs[0][0] == pairs[0][1]:
         return about
     old = {s: [found[g, g][s if s in found[g, g] else "features"][MAIN] for _, g in pairs] for s in spaces}
     difference = {s: (np.array(spaces[s][MAIN]) - old[s]).tolist() for s in spaces}
-    to_gain = {s: np.mean([found[q, q]["features"][MAIN] for q, _ in pairs]) - np.mean(old[s]) for s in spaces}
+    again = np.mean([found[q, q]["features"][MAIN] for q in free or [q for q, _ in pairs]])
+    to_gain = {s: again - np.mean(old[s]) for s in spaces}
     gains = {s for s in spaces if labels[0] != labels[1] and to_gain[s] >= LEAST_GAIN}
     gain = {s: float(np.mean(difference[s]) / to_gain[s]) if s in gains else None for s in spaces}
     return {**about, "difference": difference, "update_gain": gain}
@@ -309,8 +315,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         pairs = found["pairs"]
         updates = [p for p in pairs if "difference" in p]
         turned = {space for p in pairs for space in p["spaces"]}.difference(UNTURNED)
-        spaces = [*UNTURNED, *sorted(turned, key=lambda space: int(space.split()[1]))]
+        unturned = [space for space in UNTURNED if any(space in p["spaces"] for p in pairs)]
+        spaces = [*unturned, *sorted(turned, key=lambda space: int(space.split()[1]))]
         lines += [f"## {data}: {found['queries']} queries in a gallery of {found['gallery']} images", ""]
+        lines += [f"{found['classes_of_the_models']} of its {found['classes']} classes are the models' own.", ""]
         for metric in METRICS:
             lines += [row([f"{metric}, %", *spaces]), "|" + "---|" * (len(spaces) + 1)]
             for p in pairs:
@@ -339,13 +347,15 @@ DEFINITIONS = (
     "Features: as the classifier receives them, where both models have one width. Coordinates: where an image lies in "
     "the frame's span, see `timm_etf.embed`; for a simplex these are the centred logits, and those are taken of "
     f"ordinary classifiers, too. Centred: less each model's own mean on {CENTRED} images of the gallery (no labels). "
+    "Logits: the centred ones, where coordinates are something else. "
     "Procrustes n: features, centred, after the rotation that fits best on n images of the gallery embedded by both "
     "models (no labels); its gallery holds features.",
     "",
     "M(q, g) is the recall@1 of queries by q in a gallery by g. An update from g to q is compatible if M(q, g) > M(g, "
     "g) in the same gallery; average compatibility is the share of compatible ones among the updates from a label to a "
     "later one, in the order of the command line. Update gain: (M(q, g) - M(g, g)) / (M(q, q) - M(g, g)), where M(q, "
-    "q) is of features, what embedding the gallery again would give; only where that is a point or more.",
+    "q) is of features, what embedding the gallery again would give (with --free: to the models of that label); only "
+    "where that is a point or more.",
 )
 """What the report means by its words."""
 
