@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
+from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP
 
 from timm_etf import UsageError, retrieval
 from timm_etf.retrieval import procrustes, ranked
@@ -38,6 +39,25 @@ def test_metrics_are_those_of_a_full_ranking(classes: int, sizes: tuple[int, int
         gallery, queries = (torch.eye(8, dtype=torch.float64)[x.abs().argmax(1)] for x in (gallery, queries))
     wanted[0] = labels[0]
     assert ranked(gallery, labels, queries, wanted) == pytest.approx(by_ranking(gallery, labels, queries, wanted))
+
+
+def test_metrics_are_torchmetrics() -> None:
+    """Which goes through the queries one by one, and cannot count ties against them."""
+    draw = torch.Generator().manual_seed(1)
+    gallery, queries = (torch.randn(n, 8, generator=draw) for n in (90, 40))
+    labels, wanted = (torch.randint(5, (n,), generator=draw) for n in (90, 40))
+    wanted[:3] = 7  # of a class that the gallery lacks
+    cosine = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(gallery).T
+    of_query = torch.arange(40)[:, None].expand_as(cosine).flatten()
+    expected = {"queries": 37.0}
+    for name, metric in (
+        ("recall@1", RetrievalHitRate("skip", top_k=1)),
+        ("recall@5", RetrievalHitRate("skip", top_k=5)),
+        ("mAP", RetrievalMAP("skip")),
+    ):
+        metric.update(cosine.flatten(), (wanted[:, None] == labels).flatten(), indexes=of_query)
+        expected[name] = 100 * metric.compute().item()
+    assert ranked(gallery, labels, queries, wanted) == pytest.approx(expected, abs=1e-3)
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ None of the data was opened for it: pages and code that describe it were read. W
 from dataclasses import dataclass, replace
 
 from timm_etf.data.catalogue import HUB, VTAB, Target
+from timm_etf.data.torchvision_sets import PREFIX
 
 SOURCES = {
     "VTAB": "https://github.com/google-research/task_adaptation/tree/master/task_adaptation/data",
@@ -114,7 +115,8 @@ def otherwise(target: Target, classes: int, test: int) -> str:
         test: Its number of test images.
     """
     known, named = FACTS.get(target.name), (HUB | VTAB).get(target.name)
-    if known is None or any(getattr(target, f) != getattr(named, f) for f in ("location", "test", "label", "bins")):
+    fields = ("bins",) if target.location.startswith(PREFIX) else ("location", "test", "label", "bins")
+    if known is None or any(getattr(target, f) != getattr(named, f) for f in fields):
         return ""
     expected = {"classes": (known.classes, classes), "test images": (known.test, test)}
     wrong = [f"{here:,} {what}, and {said:,} were expected" for what, (said, here) in expected.items() if here != said]

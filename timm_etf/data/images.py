@@ -176,6 +176,8 @@ def open_splits(target: Target) -> Splits:
     validation = opener(target, target.validation) if target.validation else None
     test = opener(target, target.test)
     for split in (s for s in (train, validation, test) if s is not None):
+        if not len(split):
+            raise UsageError(f"{split.name} has no images: name another split, as in {target.name},test=validation")
         if (split.labels < 0).any():
             count = int((split.labels < 0).sum())
             raise UsageError(

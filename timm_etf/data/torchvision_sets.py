@@ -27,6 +27,12 @@ SETS = {
 }
 """Class in torchvision.datasets, and its splits to fit on, to choose by (none: a fifth of those) and to score."""
 
+NOT_DOWNLOADED = {
+    "StanfordCars": "torchvision cannot download it any more, put cars_train, cars_test, devkit and "
+    "cars_test_annos_withlabels.mat into its folder stanford_cars, or take cars, which is on the Hub"
+}
+"""What to do where `download=True` is no help."""
+
 
 def find(name: str, data_root: Path) -> Target:
     """The target of a name in `SETS`, scored as the one of the Hub.
@@ -68,12 +74,19 @@ def open_split(target: Target, split: str) -> tuple[np.ndarray, list[str], str, 
     except (RuntimeError, ValueError, OSError) as e:
         options = ", ".join(f"{k}={v!r}" for k, v in how.items())
         fetch = f"from torchvision.datasets import {kind}; {kind}({root!r}, {options}, download=True)"
-        raise UsageError(
-            f'{target.name} ({split}) is not in {root} ({first_line(e)}): get it with python -c "{fetch}"'
-        ) from None
+        get = NOT_DOWNLOADED.get(kind, f'get it with python -c "{fetch}"')
+        raise UsageError(f"{target.name} ({split}) is not in {root} ({first_line(e)}): {get}") from None
     found = next(
         v for k in ("_labels", "targets", "labels", "_samples") if (v := getattr(dataset, k, None)) is not None
     )
     labels = np.array([item[-1] if isinstance(item, tuple) else item for item in found], dtype=np.int64)
-    about = json.dumps([kind, split, root, torchvision.__version__, labels.tolist()])
-    return labels, [str(name) for name in dataset.classes], hashlib.sha256(about.encode()).hexdigest(), Source(dataset)
+    names = getattr(dataset, "classes", None) or range(labels.max() + 1)  # flowers have had none in older versions
+    about = json.dumps([kind, split, root, torchvision.__version__, labels.tolist(), _stamps(dataset)])
+    return labels, [str(name) for name in names], hashlib.sha256(about.encode()).hexdigest(), Source(dataset)
+
+
+def _stamps(dataset: Any) -> list[tuple[int, int]]:
+    """Size and time of the files of a split's images, so that one that is mended is read again; none of arrays."""
+    files: Any = next((v for k in ("_image_files", "_images", "_samples") if (v := getattr(dataset, k, None))), [])
+    paths = (Path(item[0] if isinstance(item, tuple) else item) for item in files)
+    return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.exists())]
