@@ -209,7 +209,7 @@ def _protocols(
         grid = [budget.steps, budget.batch_size, FIRST_RATES, LEARNING_RATES, WEIGHT_DECAY]
         head = settings.finetune_head
         rests_on = [measured.identity, *(s.fingerprint for s in pair.splits), grid]
-        rests_on += {"learned": [], "etf": [head], "nearest": [head, folders[0].name if folders else ""]}[head]
+        rests_on += [] if head == "learned" else [head, *names[:1]] if head == "nearest" else [head]
         yield "finetune", rests_on, partial(_finetune, pair, head, budget, device=device)
 
 
