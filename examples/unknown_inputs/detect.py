@@ -94,12 +94,24 @@ def detectors(layer: Layer) -> dict[str, Callable[[], Scores]]:
         "RMD": of_features(ood.RMD(None)),
         "kNN": of_features(ood.KNN(None)),
         "ViM": of_features(ood.ViM(None, half, linear.weight.detach(), bias)),
-        "SHE": of_features(ood.SHE(None, linear)),
+        "SHE": lambda: _she(layer),
         "fDBD": of_features(ood.fDBD(None, linear)),
         "NCI": of_features(ood.NCI(None, linear)),
         "NNGuide": of_features(ood.NNGuide(None, linear)),
         SPAN: lambda: lambda x: -(x @ to_span).norm(dim=1) / x.norm(dim=1),
     }
+
+
+@torch.no_grad()
+def _she(layer: Layer) -> Scores:
+    """Of the classes that have a training image that is classified rightly, for it refuses those that have none."""
+    right = layer.linear(layer.train).argmax(1) == layer.labels
+    kept, numbers = layer.labels[right].unique(return_inverse=True)
+    if left_out := layer.linear.out_features - len(kept):
+        print(f"SHE leaves out {left_out} of {layer.linear.out_features} classes: no training image of theirs is right")
+    among = nn.Linear(layer.linear.in_features, len(kept))
+    among.weight.data, among.bias.data = layer.linear.weight[kept], layer.linear.bias[kept]
+    return ood.SHE(None, among.requires_grad_(False)).fit_features(layer.train[right], numbers).predict_features
 
 
 @torch.no_grad()
