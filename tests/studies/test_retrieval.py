@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from timm_etf.features.extract import features_of
 from timm_etf.report.statistics import t_interval
 from timm_etf.studies.retrieval import Settings, as_markdown, compatibility, pairings, run, summary
 from timm_etf.transfer import Target, open_splits
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "retrieval" / "weightings"))
+
+import weightings
 
 NAMES = [f"class{k}" for k in range(5)]
 
@@ -140,6 +145,29 @@ def test_procrustes_is_fitted_on_pairs_of_the_gallery(
     found = row(results, "wide", "plain")["spaces"]["Procrustes 100"]
     assert {m: v[0] for m, v in found.items()} == pytest.approx({m: expected[m] for m in found}, abs=3)
     assert not any(s.startswith("Proc") for s in row(results, "plain", "plain", within=True)["spaces"])
+
+
+def test_weightings_begin_with_what_the_verb_measures(
+    measured: tuple[Path, dict[str, Any]], models: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    out, expected = measured
+    specs = (f"etf={models['old']}", f"etf={models['again']}", f"alone={models['plain']}")
+    data, cache = (f"{images},name=bars,test=validation",), out / "features"
+    found = weightings.run(weightings.Settings(models=specs, data=data, out=tmp_path, workers=0, features=cache))
+    told = found["weightings"]["bars"]
+    assert set(told) == {"etf"}  # one training has no other
+    spaces = row(expected, "etf", "etf")["spaces"]
+    assert told["etf"]["coordinates"] == pytest.approx(spaces["coordinates"]["recall@1"])
+    assert told["etf"]["centred by 100"] == pytest.approx(spaces["centred"]["recall@1"])
+    assert told["etf"]["float16"] == pytest.approx(spaces["coordinates"]["recall@1"], abs=3)
+    z = torch.tensor([[3.0, -1.0, 0.0, 4.0]])
+    assert weightings.ranks(z, z).tolist() == [[0.5, -1.5, -0.5, 1.5]]
+    assert weightings.largest(2)(z, z)[0].nonzero().flatten().tolist() == [0, 3]
+    assert torch.equal(weightings.power(2)(z, z).sign(), z.sign())
+    some = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor([1.0, 2, 3, 4]))
+    values = weightings.whitened(some, some).T.cov().diagonal()
+    assert values.max() / values.min() < weightings.centred(some, some).T.cov().diagonal().max() / 2
+    assert "| coordinates |" in (tmp_path / "report.md").read_text()
 
 
 def test_differences_gain_and_compatibility(measured: tuple[Path, dict[str, Any]]) -> None:
