@@ -165,8 +165,8 @@ def test_weightings_begin_with_what_the_verb_measures(
     assert weightings.largest(2)(z, z)[0].nonzero().flatten().tolist() == [0, 3]
     assert torch.equal(weightings.power(2)(z, z).sign(), z.sign())
     some = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor([1.0, 2, 3, 4]))
-    values = weightings.whitened(some, some).T.cov().diagonal()
-    assert values.max() / values.min() < weightings.centred(some, some).T.cov().diagonal().max() / 2
+    before, after = (way(some, some).T.cov().diagonal() for way in (weightings.centred, weightings.whitened))
+    assert after.max() / after.min() < before.max() / before.min() / 4
     assert "| coordinates |" in (tmp_path / "report.md").read_text()
 
 
