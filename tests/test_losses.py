@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from timm_etf import FixedClassifier, UsageError, frames
+from timm_etf.heads import LearnedClassifier
 from timm_etf.losses import DotRegressionLoss, FeatureEntropyLoss, NONLLoss, NTCELoss, gram_loss
 
 
@@ -90,6 +91,32 @@ def over_batch_by_hand(z: np.ndarray, y: np.ndarray, *, negatives_only: bool) ->
         others = [j for j in range(len(y)) if not (negatives_only and y[j] == y[i])]
         total -= z[i, y[i]] - (math.log(math.fsum(math.exp(z[j, y[i]]) for j in others)) if others else 0.0)
     return total / len(y)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@given(st.integers(1, 6), st.integers(2, 5), st.floats(0.05, 1), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=25)
+def test_normface_is_the_cross_entropy_of_cosines(
+    learned: bool, batch: int, num_classes: int, tau: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    h, w = rng.normal(size=(batch, 6)), rng.normal(size=(num_classes, 6))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    y = rng.integers(0, num_classes, batch)
+    expected = 0.0
+    for sample, label in zip(h, y, strict=True):
+        z = [float(sample @ row) / np.linalg.norm(sample) / np.linalg.norm(row) / tau for row in w]
+        expected += (math.log(math.fsum(math.exp(value) for value in z)) - z[label]) / batch
+    rows, features, targets = torch.from_numpy(w), torch.from_numpy(h).requires_grad_(), torch.from_numpy(y)
+    head: nn.Module = FixedClassifier(rows / tau, feature_norm=True)
+    if learned:
+        head = LearnedClassifier(rows, None, scale=1 / tau, feature_norm=True)
+        head.weight.data *= 3  # whose norm must not count
+    loss = nn.functional.cross_entropy
+    assert loss(head(features), targets).item() == pytest.approx(expected, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda x: loss(head(x), targets), features)
+    for over in (NTCELoss(), NONLLoss()):  # u and w of unit norm, through whatever the loss is
+        assert torch.autograd.gradcheck(lambda x, over=over: over(head(x), targets), features)
 
 
 OVER_BATCH = pytest.mark.parametrize("loss", [NTCELoss(), NONLLoss()], ids=lambda loss: type(loss).__name__)

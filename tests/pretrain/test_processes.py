@@ -15,6 +15,7 @@ import torch
 from tests import commands
 from tests.pretrain.runs import arguments, assert_same, lines, wait_for_checkpoint, weights
 from tests.pretrain.test_run import validate_by_hand
+from timm_etf.frames import simplex
 
 SHORT = ("--epochs", 3)
 
@@ -140,6 +141,60 @@ def test_two_processes_compare_the_samples_of_both(images: Path, tmp_path: Path)
         assert losses == pytest.approx([x["train_loss"] for x in one[0]], rel=1e-4, abs=1e-5)
         theirs = weights(tmp_path / name)
         assert all(torch.allclose(one[1][k], theirs[k], atol=1e-5) for k in trained)
+
+
+GLOBAL_BATCH = """
+import sys, torch
+from pathlib import Path
+from accelerate import Accelerator
+from torch import nn
+from timm_etf import frames, FixedClassifier
+from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.pretrain.objective import Objective
+from timm_etf.pretrain.step import Step
+
+out, loss, parts = sys.argv[1], sys.argv[2], int(sys.argv[3])
+accelerator = Accelerator(cpu=True)
+rank, world = accelerator.process_index, accelerator.num_processes
+config = PretrainConfig(model="test_resnet_etf", data_dir=Path("."), out=Path("."), loss=loss, batch_size=512)
+draw = torch.Generator().manual_seed(0)
+x, y = torch.randn(512, 12, generator=draw, dtype=torch.float64), torch.randint(7, (512,), generator=draw)
+torch.manual_seed(1)
+head = FixedClassifier(10 * frames.simplex(7, 9), feature_norm=True)
+net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 9), head).double()
+net.pretrained_cfg = {"classifier": "3"}
+model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 1.0))
+as_they_are = lambda x, training=False: x
+step = Step(config, accelerator, model, optimizer, None, Objective(config, net), as_they_are, None, None)
+before = [p.detach().clone() for p in net.parameters()]
+mine = [(xs, ys) for xs, ys in zip(x.chunk(world * parts), y.chunk(world * parts))][rank::world]
+value = accelerator.gather(step(mine, parts, 0)[None]).mean()
+gradients = [b - p.detach() for b, p in zip(before, net.parameters())]
+if rank == 0:
+    torch.save({"loss": value, "gradients": gradients}, out)
+"""
+"""A step of 512 samples in float64, of all processes together, each in so many parts; with a rate of one."""
+
+
+@pytest.mark.parametrize("loss", ["ntce", "nonl"])
+def test_a_global_batch_has_one_loss_and_gradient(tmp_path: Path, loss: str) -> None:
+    for name, ranks, parts in (("two", 2, 1), ("both", 2, 2)):
+        commands.run_ranks(ranks, tmp_path / name, loss, parts, code=GLOBAL_BATCH)
+    commands.run(tmp_path / "four", loss, 4, code=GLOBAL_BATCH, check=True)
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(512, 12, generator=draw, dtype=torch.float64), torch.randint(7, (512,), generator=draw)
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.GELU(), torch.nn.Linear(20, 9)).double()
+    z = 10 * torch.nn.functional.normalize(net(x), dim=1) @ simplex(7, 9).T
+    shown = y[:, None] != y if loss == "nonl" else torch.ones(512, 512, dtype=torch.bool)
+    compared = z[:, y].T.masked_fill(~shown, -torch.inf)  # row i: what sample i is compared with, for its class
+    expected = (compared.logsumexp(1) - z[torch.arange(512), y]).mean()
+    gradients = torch.autograd.grad(expected, list(net.parameters()))
+    for name in ("two", "both", "four"):
+        found = torch.load(tmp_path / name)
+        assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
+        for ours, theirs in zip(found["gradients"], gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_two_processes_are_interrupted_and_resumed_exactly(images: Path, two: Path, tmp_path: Path) -> None:
