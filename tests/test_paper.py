@@ -210,10 +210,12 @@ def measured(root: Path, seeds: int = 3) -> dict[str, Any]:
             "reference": "x",
             "protocols": {"finetune": {"targets": found}},
             "distance": {
-                "by_model": by_model | {"neutral": {t: {"proxy_a": 9.0, "frechet": 9.0} for t in distances}},
+                "by_model": by_model
+                | {"neutral": {t: {"proxy_a": d / 2, "frechet": 9.0} for t, d in distances.items()}},
                 "difference_over_distance": {"finetune": {"z": {"spearman": 0.8, "interval": [0.1, 1.0]}}},
             },
             "missing": {"z: incomplete": "cut"},
+            "seconds": {"features": 1800.0, "finetune": 5400.0},
         }
         told["settings"]["finetune_head"] = head  # type: ignore[index]
         write(root / name / "net", told)
@@ -222,6 +224,8 @@ def measured(root: Path, seeds: int = 3) -> dict[str, Any]:
         for la, w in zip("xyz", (16, 4, 1), strict=True)
         for tuned in ("", " tuned")
     }
+    for seed in range(seeds):
+        write(root / "pretrain" / f"net-x-{seed}", {"source": {"train_seconds": 1200.0}})
     write(root / "figure3" / "net", {"geometry": {"c": {"train": {}, "test": tests}}})
     return accuracy
 
@@ -243,6 +247,10 @@ def test_the_findings_are_those_of_the_results(tmp_path: Path) -> None:
         told = found["slope"]["z"][kind]
         assert told["by_training"] == pytest.approx(slopes)
         assert told["interval"] == pytest.approx([slopes.mean() - half, slopes.mean() + half])
+    assert found["slope"]["z"]["neutral"]["proxy_a"]["by_training"] == pytest.approx(2 * slopes)
+    assert set(found["slope"]["z"]["neutral"]) == {"proxy_a"}  # in the other they are all as far
+    assert found["accuracy"]["far"]["z"]["by_training"] == pytest.approx(z[2:].mean(0))
+    assert found["hours_of_a_process"] == {"pretraining": 1.0, "transfer, learned": 2.0, "transfer, etf": 2.0}
     assert found["gain"]["z"]["far"]["by_training"] == pytest.approx((z - x)[2:].mean(0))
     assert found["targets"]["a"]["group"] == "near"
     assert "incomplete" not in found["targets"]

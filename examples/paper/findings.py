@@ -26,6 +26,12 @@ COVARIANCE = {"within": 1.0, "within_share": 100.0, "nc1": 1.0, "cdnv": 1.0}
 """What is said of features within classes, and in which unit: (1/p) tr C; % of the total variance; NC1; CDNV."""
 
 
+KINDS = {"proxy_a": "one unit of proxy A-distance", "frechet": "a tenfold Fréchet distance"}
+"""Of distance, with what slopes are over."""
+
+NEUTRAL = "neutral"
+
+
 def summary(values: Sequence[float]) -> Summary:
     """Of one value for each training."""
     interval = t_interval(values)
@@ -40,7 +46,8 @@ class Findings:
         self.transfer = _read(out / "transfer" / architecture)
         self.reference = self.transfer["reference"]
         self.accuracies = accuracies(self.transfer)
-        self.others = [label for label in next(iter(self.accuracies.values())) if label != self.reference]
+        self.labels = list(next(iter(self.accuracies.values())))
+        self.others = [label for label in self.labels if label != self.reference]
         named = dict(specs.split(spec) for spec in self.transfer["settings"]["targets"])
         groups = {Path(name).name: fields.get("group", "") for name, fields in named.items()}
         self.groups = {target: groups[target] for target in self.accuracies}
@@ -54,18 +61,40 @@ class Findings:
         ours, theirs = (np.mean([self.accuracies[t][la] for t in targets], axis=0) for la in (label, self.reference))
         return (ours - theirs).tolist()
 
-    def distances(self, kind: str) -> dict[str, float]:
-        """Of targets, as a mean over the methods' models; Fréchet's as logarithms, so that its units cancel."""
-        by_model = [of for label, of in self.transfer["distance"]["by_model"].items() if label != "neutral"]
+    def distances(self, kind: str, *, neutral: bool = False) -> dict[str, float]:
+        """Of targets, under a neutral network or as a mean over the methods' models.
+
+        Fréchet's are logarithms, so that its units cancel.
+        """
+        models = self.transfer["distance"]["by_model"].items()
+        by_model = [of for label, of in models if (label == NEUTRAL) == neutral]
         found = {t: [of[t][kind] for of in by_model] for t in self.groups}
-        there = {t: values for t, values in found.items() if None not in values}
+        there = {t: values for t, values in found.items() if values and None not in values}
         return {t: float(np.mean(np.log10(v) if kind == "frechet" else v)) for t, v in there.items()}
 
-    def slope(self, label: str, kind: str) -> list[float]:
+    def slopes(self, label: str, *, neutral: bool = False) -> dict[str, Summary]:
         """Points by which the gain changes over one unit of distance, least squares over targets, by training."""
-        distance = self.distances(kind)
-        gains = np.array([self.gain(label, [target]) for target in distance])
-        return np.polyfit(list(distance.values()), gains, 1)[0].tolist()
+        found = {}
+        for kind in KINDS:
+            distance = self.distances(kind, neutral=neutral)
+            if len(set(distance.values())) > 1:
+                gains = np.array([self.gain(label, [target]) for target in distance])
+                found[kind] = summary(np.polyfit(list(distance.values()), gains, 1)[0].tolist())
+        return found
+
+    def hours(self) -> dict[str, float]:
+        """Of a process, by what it did; as long as others ran beside it."""
+        trained = [
+            _read(path.parent)["source"] for path in self.out.glob(f"pretrain/{self.architecture}-*/results.json")
+        ]
+        found = {"pretraining": sum(source["train_seconds"] for source in trained)}
+        for told in self._by_target_head():
+            found[f"transfer, {told['settings']['finetune_head']}"] = sum(told["seconds"].values())
+        return {what: round(seconds / 3600, 2) for what, seconds in found.items()}
+
+    def _by_target_head(self) -> list[dict[str, Any]]:
+        folders = [path / self.architecture for path in (self.out / "transfer", *sorted(self.out.glob("heads/*")))]
+        return [_read(path) for path in folders if (path / "results.json").exists()]
 
     def covariance(self) -> dict[str, Any]:
         """Of the test images' features, before and after transfer, by target, label and metric."""
@@ -90,9 +119,7 @@ class Findings:
 
     def heads(self) -> dict[str, Any]:
         """Accuracy under each classifier of the target, and less the learned one's; means over targets of all."""
-        folders = [path / self.architecture for path in (self.out / "transfer", *sorted(self.out.glob("heads/*")))]
-        results = [_read(path) for path in folders if (path / "results.json").exists()]
-        by_head = {told["settings"]["finetune_head"]: accuracies(told) for told in results}
+        by_head = {told["settings"]["finetune_head"]: accuracies(told) for told in self._by_target_head()}
         targets = [target for target in self.accuracies if all(target in of for of in by_head.values())]
         found: dict[str, Any] = {}
         for (head, measured), label in product(by_head.items() if targets else (), (self.reference, *self.others)):
@@ -107,26 +134,40 @@ class Findings:
         """Everything that is said."""
         correlations = self.transfer["distance"]["difference_over_distance"].get("finetune", {})
         groups = ["all", *dict.fromkeys(self.groups.values())]
+        means = {
+            group: {la: np.mean([self.accuracies[t][la] for t in self.group(group)], axis=0) for la in self.labels}
+            for group in groups
+        }
         return {
             "reference": self.reference,
             "targets": {
                 target: {
                     "group": group,
-                    "distance": {kind: self.distances(kind).get(target) for kind in ("proxy_a", "frechet")},
+                    "distance": {kind: self.distances(kind).get(target) for kind in KINDS},
+                    "distance_in_a_neutral_network": {
+                        kind: self.distances(kind, neutral=True).get(target) for kind in KINDS
+                    },
                     "accuracy": {la: summary(values) for la, values in self.accuracies[target].items()},
                 }
                 for target, group in self.groups.items()
+            },
+            "accuracy": {
+                group: {la: summary(of.tolist()) for la, of in by_label.items()} for group, by_label in means.items()
             },
             "gain": {
                 label: {name: summary(self.gain(label, self.group(name))) for name in groups} for label in self.others
             },
             "slope": {
-                label: {kind: summary(self.slope(label, kind)) for kind in ("proxy_a", "frechet")}
-                | {"rank_correlation": correlations.get(label)}
+                label: {
+                    **self.slopes(label),
+                    NEUTRAL: self.slopes(label, neutral=True),
+                    "rank_correlation": correlations.get(label),
+                }
                 for label in self.others
             },
             "covariance_of_test_features": self.covariance(),
             "target_heads": self.heads(),
+            "hours_of_a_process": self.hours(),
             "missing": self.transfer["missing"],
         }
 
@@ -175,15 +216,19 @@ def _over_distance(label: str, reference: str, found: Mapping[str, Any]) -> str:
     gain, slope = found["gain"][label], found["slope"][label]
     groups = [f"{shown(of)} on {name} targets" for name, of in gain.items() if name != "all"]
     said = (
-        f"under fine-tuning {label} less {reference} is {' and '.join(groups)}, in points, and changes by "
-        f"{shown(slope['proxy_a'])} over one unit of proxy A-distance, by {shown(slope['frechet'])} over a tenfold "
-        "Fréchet distance"
+        f"under fine-tuning {label} less {reference} is {' and '.join(groups)}, in points, and changes "
+        f"{_slopes(slope)}; in a neutral network's features {_slopes(slope[NEUTRAL])}"
     )
     rank = slope["rank_correlation"]
     if rank:
         low, high = rank["interval"]
         said += f" (rank correlation {rank['spearman']:+.2f}, {low:+.2f} to {high:+.2f} over targets and trainings)"
     return said
+
+
+def _slopes(found: Mapping[str, Any]) -> str:
+    by_kind = [f"by {shown(found[kind])} over {unit}" for kind, unit in KINDS.items() if kind in found]
+    return ", ".join(by_kind) or "all targets are equally far"
 
 
 def table(architecture: str, found: Mapping[str, Any]) -> list[str]:
@@ -235,7 +280,7 @@ def main(out: Path) -> None:
         sys.exit(f"{out}/transfer/{broken[0]} has no result of the first method: see its report.md.")
     found = {name: Findings(out, name).as_json() for name in architectures}
     results.write(out / "results.json", found)
-    note = ["Intervals are 95 %, t over trainings, where nothing else is said.", ""]
+    note = ["Intervals are 95 %, t over trainings with these targets given, where nothing else is said.", ""]
     write_text(out / "claim.md", "\n".join([*(line for name in found for line in claim(name, found[name])), *note]))
     write_text(out / "table1.md", "\n".join([*(line for name in found for line in table(name, found[name])), *note]))
     print(f"table:    {out / 'table1.md'}\nclaim:    {out / 'claim.md'}")
