@@ -13,9 +13,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -136,6 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
             (r"POST /api/models/([^/]+/[^/]+)/branch/(.+)", self._branch),
             (r"POST /api/models/([^/]+/[^/]+)/tag/(.+)", self._tag),
             (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
+            (r"GET /api/(datasets/[^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
+            (r"GET /api/(datasets/[^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", lambda r, v, f: self._tree(r, v, f, query)),
+            (r"POST /api/(datasets/[^/]+/[^/]+)/paths-info/([^/]+)", self._paths),
+            (r"(?:GET|HEAD) /(datasets/[^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
             (r"GET /api/models/([^/]+/[^/]+)/refs", self._refs),
             (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
         ]
@@ -214,17 +219,45 @@ class _Handler(BaseHTTPRequestHandler):
 
     # reading
 
-    def _tree(self, name: str, revision: str) -> None:
+    def _info(self, name: str, revision: str | None) -> None:
+        if repo := self._repo(name, revision or "main"):
+            files = [{"rfilename": path} for path in repo.files(revision or "main") or {}]
+            sha = repo.refs.get(revision or "main", revision)
+            about = {"private": repo.private, "gated": repo.gated, "disabled": False, "downloads": 0, "likes": 0}
+            self._json({**about, "id": name.partition("/")[2], "sha": sha, "tags": [], "siblings": files})
+
+    def _tree(self, name: str, revision: str, folder: str | None = None, query: Any = None) -> None:
+        """All files; of data sets, as the Hub has it, those of a folder, and the folders in it."""
+        repo = self._repo(name, revision)
+        if not repo:
+            return
+        files = repo.files(revision) or {}
+        if query is None:
+            return self._rows(files)
+        base = PurePosixPath(folder or "")
+        below = {path: content for path, content in files.items() if base in PurePosixPath(path).parents}
+        folders = {str(f) for path in below for f in PurePosixPath(path).parents if base in f.parents}
+        if query.get("recursive", ["False"])[0].lower() != "true":
+            below = {path: content for path, content in below.items() if PurePosixPath(path).parent == base}
+            folders = {path for path in folders if PurePosixPath(path).parent == base}
+        self._rows(below, folders)
+
+    def _paths(self, name: str, revision: str) -> None:
         if repo := self._repo(name, revision):
-            rows = []
-            for path, content in (repo.files(revision) or {}).items():
-                row: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": "1" * 40}
-                if is_lfs(path):
-                    row["lfs"] = {"oid": etag(path, content), "size": len(content), "pointerSize": 130}
-                else:
-                    row["oid"] = etag(path, content)
-                rows.append(row)
-            self._json(rows)
+            asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
+            files = repo.files(revision) or {}
+            self._rows({path: files[path] for path in asked if path in files})
+
+    def _rows(self, files: dict[str, bytes], folders: Collection[str] = ()) -> None:
+        rows = [{"type": "directory", "path": path, "size": 0, "oid": "2" * 40} for path in sorted(folders)]
+        for path, content in files.items():
+            row: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": "1" * 40}
+            if is_lfs(path):
+                row["lfs"] = {"oid": etag(path, content), "size": len(content), "pointerSize": 130}
+            else:
+                row["oid"] = etag(path, content)
+            rows.append(row)
+        self._json(rows)
 
     def _refs(self, name: str) -> None:
         if repo := self._repo(name, "main"):

@@ -23,6 +23,10 @@ from timm_etf.frames import ClassTree
 from timm_etf.hub.card import own_results
 from timm_etf.studies.geometry import Settings as Geometry
 from timm_etf.studies.geometry import run as run_geometry
+from timm_etf.studies.random_features import Settings as RandomFeatures
+from timm_etf.studies.random_features import run as run_random_features
+from timm_etf.studies.retrieval import Settings as Retrieval
+from timm_etf.studies.retrieval import run as run_retrieval
 from timm_etf.transfer import Target, features_of, open_splits
 from timm_etf.transfer.run import Settings, run, summary
 
@@ -285,7 +289,19 @@ def test_fine_tuning_learns_the_target(models: Path, tmp_path: Path, monkeypatch
     assert times(tmp_path) == before
 
 
-@pytest.mark.parametrize("head", ["learned", "nearest"])
+PLAIN = """
+import sys, timm, torch
+assert "timm_etf" not in sys.modules
+folder, images, out = sys.argv[1:]
+model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+images = timm.data.create_dataset("folder", images, transform=transform)
+with torch.inference_mode():
+    torch.save(torch.cat([model(image.unsqueeze(0)) for image, _ in images]), out)
+"""
+
+
+@pytest.mark.parametrize("head", ["learned", "etf", "nearest"])
 def test_a_kept_model_is_the_one_that_was_scored(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:
@@ -299,12 +315,9 @@ def test_a_kept_model_is_the_one_that_was_scored(
     report = run(chosen)
     result = report.runs("fixed", "bars", "finetune")[0][0]
     folder = tmp_path / "out" / "models" / "fixed" / "0" / "bars" / "seed0"
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    images = timm.data.create_dataset("folder", tmp_path / "bars" / "test", transform=transform)
-    with torch.inference_mode():
-        logits = torch.cat([model(image.unsqueeze(0)) for image, _ in images])
-    assert model.pretrained_cfg["label_names"] == [f"class{k}" for k in range(5)]
+    commands.run(folder, tmp_path / "bars" / "test", tmp_path / "logits", code=PLAIN, fresh=True, check=True)
+    logits = torch.load(tmp_path / "logits")
+    assert timm.create_model(f"local-dir:{folder}").pretrained_cfg["label_names"] == [f"class{k}" for k in range(5)]
     assert (logits.argmax(1).numpy() == result.y).tolist() == result.correct.astype(bool).tolist()
     config = json.loads((folder / "config.json").read_text())
     assert ("etf" in config) == (head != "learned")
@@ -320,9 +333,15 @@ def test_a_kept_model_is_the_one_that_was_scored(
     shutil.rmtree(folder)  # and it comes back
     run(chosen)
     assert (folder / "model.safetensors").exists()
-    measured = tmp_path / "geometry"
-    run_geometry(Geometry(models=(f"tuned={folder}",), out=measured, data=(str(tmp_path / "bars"),), workers=0))
-    assert (measured / "results.json").exists()
+    if head == "etf":
+        return
+    inputs = {"models": (f"tuned={folder}",), "data": (str(tmp_path / "bars"),), "workers": 0}
+    run_geometry(Geometry(out=tmp_path / "geometry", **inputs))
+    run_retrieval(Retrieval(out=tmp_path / "retrieval", fitted=(), **inputs))
+    sweep = {"a2": (0.0,), "num_features": (16,), "gammas": (0.1,), "draws": 2}
+    run_random_features(RandomFeatures(out=tmp_path / "random", **sweep, **inputs))
+    for verb in ("geometry", "retrieval", "random"):
+        assert not json.loads((tmp_path / verb / "results.json").read_text())["missing"]
 
 
 @pytest.mark.slow
