@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from timm_etf.classifier import classifier_names
 from timm_etf.errors import UsageError
-from timm_etf.growing import own_class_names
+from timm_etf.growing import own_class_names, without_reserved
 from timm_etf.heads import FixedClassifier
 
 __all__ = ["Coordinates", "Embedding", "embed", "in_one_order", "isometry", "meeting", "shared", "weights_hash"]
@@ -82,7 +82,8 @@ def embed(
             loaders give it, a sequence that begins with one.
         space: `"frame"`, or `"features"`: the pooled features, which no other training shares.
         classes: Names of the classes to place images relative to, in their order; by default all of the model's. To
-            search the index of a model with fewer of them, or in another order: that model's. Not with `"features"`.
+            search the index of a model with fewer of them, or in another order: that model's `label_names`, of which
+            those that it calls reserved are left out. Not with `"features"`.
         mean: Of this model's own vectors of some dozen unlabelled images like those to be indexed, [K] or [d]; it is
             subtracted before the vectors get their length. Where in the space a model puts images of another kind than
             it was trained on is its own: without that, models agree better.
@@ -118,7 +119,8 @@ def embed(
         raise UsageError("Features are not relative to classes: leave classes out, or use space='frame'.")
     net: Any = model.eval()
     coordinates = Coordinates.of(net, strict=strict) if space == "frame" else None
-    coordinates = coordinates.among(classes) if coordinates and classes is not None else coordinates
+    if coordinates and classes is not None:
+        coordinates = coordinates.among(without_reserved(classes))
     at = next(net.parameters())
     vectors: list[Tensor] = []
     for batch in images.split(_BATCH) if isinstance(images, Tensor) else images:

@@ -73,13 +73,20 @@ def own_class_names(model: nn.Module) -> list[str]:
     if len(names) != getattr(model, "num_classes", 0):
         return []
     taken = next((head.taken for _, head in fixed_classifiers(model)), None)
-    while taken is None and names and _is_reserved(names[-1]):
-        names.pop()
-    return names[:taken]
+    return without_reserved(names) if taken is None else names[:taken]
 
 
-def _is_reserved(name: str) -> bool:
-    return name.startswith("reserved ") and name.removeprefix("reserved ").isdecimal()
+def without_reserved(names: Sequence[str]) -> list[str]:
+    """Without the names at the end that `with_reserved` has given.
+
+    Example:
+        >>> without_reserved(with_reserved(["lynx", "seal"], 4))
+        ['lynx', 'seal']
+    """
+    there = list(names)
+    while there and there[-1].startswith("reserved ") and there[-1].removeprefix("reserved ").isdecimal():
+        there.pop()
+    return there
 
 
 def with_reserved(names: Sequence[str], num_classes: int) -> list[str]:
