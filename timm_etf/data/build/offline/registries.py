@@ -40,7 +40,13 @@ class Registries:
         _client("npm", "install Node.js (on Debian: apt install npm)", command, folder)
         (archive,) = folder.glob("*.tgz")
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+            for member in filter(tarfile.TarInfo.isfile, tar):  # extractall has no filter in every Python 3.11
+                path = (folder / member.name).resolve()
+                content = tar.extractfile(member)
+                if content is None or not path.is_relative_to(folder):
+                    raise Unavailable(f"{name} {version} is no package: a file of it is to go to {member.name}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
         return folder / "package"
 
     def _debian(self, names: tuple[str, ...]) -> Path:
