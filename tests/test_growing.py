@@ -214,6 +214,23 @@ def test_kept_rows_stay_with_their_classes(tmp_path: Path, name: str, capsys: py
     assert ("--keep-classifier goes on under the one" in capsys.readouterr().err) == name.endswith("_etf")
 
 
+def test_new_classes_alone_do_not_take_the_rows_of_old_ones(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", "train", 4)
+    write_images(tmp_path / "data", "validation", 2)
+    new = [f"class{k}" for k in range(5)]
+    options = {"data_dir": tmp_path / "data", "workers": 0, "img_size": 32, "epochs": 2, "warmup_epochs": 0}
+    options |= {"keep_classifier": True, "batch_size": 4, "out": tmp_path / "run"}
+    for name, names, rows, expected in (
+        ("reserved", ["x", "y"], 7, ["x", "y", *new]),
+        ("renamed", list("vwxyz"), 5, new),  # as many, none reserved: other names of the same
+    ):
+        net = model(rows, len(names) if rows > len(names) else None)
+        folder = hub.export(net, tmp_path / name, label_names=names)
+        run = setup(PretrainConfig(model="test_resnet_etf", init=f"local-dir:{folder}", **options))
+        run.close()
+        assert run.class_names == expected
+
+
 def test_what_a_projector_would_lose_is_not_reserved(tmp_path: Path) -> None:
     options = {"model": "test_resnet_etf", "data_dir": tmp_path, "out": tmp_path / "run", "reserve": 2}
     with pytest.raises(UsageError, match="leave it out, or --reserve"):

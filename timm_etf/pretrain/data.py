@@ -57,7 +57,7 @@ def open_task(config: PretrainConfig, answers: int | None = None, first: Sequenc
         config: The run's settings.
         answers: Number of classes of a teacher, whose answers take the place of the images' own classes.
         first: Classes that have the first numbers, as they had before, whether there are images of them or not; unless
-            the data names none of them, and so in another way.
+            the data has as many and names none of them: then they are the same under other names, in their order.
 
     Raises:
         UsageError: If a split is missing or empty, has fewer than two classes, or validates on classes that are not
@@ -69,7 +69,8 @@ def open_task(config: PretrainConfig, answers: int | None = None, first: Sequenc
     val = _open(config, config.val_split, is_training=False)
     mine = _class_to_idx(train)
     numbers = {name: i for i, name in enumerate(dict.fromkeys([*first, *map(str, mine)]))}
-    if set(first) & set(mine) and numbers != mine:
+    renamed = len(first) == len(mine) and not config.reserve and not set(first) & set(mine)
+    if first and not renamed and numbers != mine:
         train = _open(config, config.train_split, is_training=True, class_map=numbers)
     train_classes, val_classes = _class_to_idx(train), _class_to_idx(val)
     if train_classes and val_classes and train_classes != val_classes:
