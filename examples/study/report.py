@@ -13,13 +13,20 @@ from timm_etf.atomic import write_text
 from timm_etf.report.statistics import t_interval
 from timm_etf.report.style import COLOURS, save
 
+RECIPE = "simplex, CE, projector"
 STEPS = {
     "learned, CE": "learned,\ncross-entropy",
     "learned, CE, projector": "+ projector",
-    "simplex, CE, projector": "+ simplex",
+    RECIPE: "+ simplex",
 }
 """What the recipe's gain is made of, one change after the other."""
-RECIPE = list(STEPS)[-1]
+OTHER_STEPS = {
+    "learned, CE": "learned,\ncross-entropy",
+    "learned, CE, projector": "+ projector",
+    "learned, NONL, projector": "+ NONL",
+    "simplex, NONL, projector": "+ simplex",
+}
+"""The way through another loss, at which pilot runs had pointed."""
 COMPARED = {
     "simplex, no projector - learned": ("simplex, CE", "learned, CE", COLOURS[0]),
     "simplex behind a projector - learned": (RECIPE, "learned, CE", COLOURS[1]),
@@ -45,6 +52,10 @@ class Findings:
             if accuracies := [told[target] for target in self.settings[half] if target in told]:
                 found[seed] = mean(accuracies)
         return found
+
+    def level(self, arm: str, protocol: str) -> float:
+        """Mean over seeds, on the headline targets."""
+        return mean(self.means(arm, protocol, "headline").values())
 
     def difference(self, arm: str, other: str, protocol: str, half: str) -> list[float]:
         """Of one arm less another, for every seed that both have."""
@@ -134,30 +145,37 @@ def shown(differences: list[float]) -> str:
 
 
 def draw(findings: Findings, path: Path) -> None:
-    """Accuracies on the headline targets, and what each change adds to them."""
+    """Accuracies on the headline targets, and what each change adds to them, by either way."""
     protocols = [p for p in ("probe", "knn", "5-shot") if findings.means(RECIPE, p, "headline")]
-    figure: Any = Figure(figsize=(3.2 * len(protocols), 3.4), layout="constrained")
-    for axis, protocol in zip(figure.subplots(1, len(protocols), squeeze=False)[0], protocols, strict=True):
-        arms = [arm for arm in STEPS if findings.means(arm, protocol, "headline")]
-        level = mean(findings.means(arms[0], protocol, "headline").values())
-        axis.bar(0, level, color=COLOURS[0])
-        axis.text(0, level, f"{level:.1f}", ha="center", va="bottom")
-        lowest = highest = level
-        for place, (before, arm) in enumerate(pairwise(arms), 1):
-            gains = findings.difference(arm, before, protocol, "headline")
-            gain = mean(gains)
-            axis.bar(place, gain, bottom=level, color=COLOURS[4] if gain > 0 else COLOURS[1])
-            axis.text(
-                place, level + max(gain, 0), shown(gains).replace(", ", "\n"), ha="center", va="bottom", fontsize=8
-            )
-            axis.plot([place - 1.4, place + 0.4], [level, level], color="black", linewidth=0.8)
-            level += gain
-            lowest, highest = min(lowest, level), max(highest, level)
-        axis.set_xticks(range(len(arms)), [STEPS[arm] for arm in arms], fontsize=8)
-        axis.set(title=protocol, ylim=(lowest - 1.5, highest + 1.2))
-        axis.spines[["top", "right"]].set_visible(False)
+    ways = [way for way in (STEPS, OTHER_STEPS) if all(findings.arms.get(arm, {}).get("runs") for arm in way)]
+    figure: Any = Figure(figsize=(4.6 * len(protocols), 3.2 * len(ways)), layout="constrained")
+    rows = figure.subplots(len(ways), len(protocols), squeeze=False, sharey="col")
+    for way, row in zip(ways, rows, strict=True):
+        for axis, protocol in zip(row, protocols, strict=True):
+            draw_steps(findings, way, protocol, axis)
+    for axis, protocol in zip(rows[0], protocols, strict=True):
+        axis.set_title(protocol)
+        levels = [findings.level(arm, protocol) for way in ways for arm in way]
+        axis.set_ylim(min(levels) - 1.5, max(levels) + 1.2)
     figure.supylabel("mean of headline targets (%)", fontsize=9)
     save(figure, path)
+
+
+def draw_steps(findings: Findings, way: dict[str, str], protocol: str, axis: Any) -> None:
+    """Each arm of a way from the one before, over the seeds that both have."""
+    level = findings.level(next(iter(way)), protocol)
+    axis.bar(0, level, color=COLOURS[0])
+    axis.text(0, level, f"{level:.1f}", ha="center", va="bottom")
+    for place, (before, arm) in enumerate(pairwise(way), 1):
+        gains = findings.difference(arm, before, protocol, "headline")
+        gain = mean(gains)
+        told = f"{shown(gains)}\n({len(gains)} seeds)".replace(", ", "\n")
+        axis.bar(place, gain, bottom=level, color=COLOURS[4] if gain > 0 else COLOURS[1])
+        axis.text(place, level + max(gain, 0), told, ha="center", va="bottom", fontsize=8)
+        axis.plot([place - 1.4, place + 0.4], [level, level], color="black", linewidth=0.8)
+        level += gain
+    axis.set_xticks(range(len(way)), way.values(), fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_gains(findings: Findings, path: Path) -> None:
