@@ -14,6 +14,9 @@ import os
 import random
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -99,6 +102,11 @@ class Growing:
             raise SystemExit(f"{out} failed with status {status}: see {out}.log")
         print(out.name, flush=True)
         return out / "export"
+
+    def train(self, head: str, seed: int) -> None:
+        """Both parts, whatever is not there yet."""
+        for shots in (0, *self.options.shots):
+            self.trained(head, seed, shots)
 
     def start(self, head: str, seed: int, shots: int) -> Path:
         """What the second part starts from: the first part, for a learned head with rows of the new classes."""
@@ -218,7 +226,8 @@ def main() -> None:
     parser.add_argument("--tuning-epochs", type=int, default=10)
     parser.add_argument("--tuning-lr", type=float, default=0.01)
     parser.add_argument("--limit", type=int, help="so many names, to try it out")
-    parser.add_argument("--rate", type=float, default=550, help="images/s of a training, for the estimate")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
+    parser.add_argument("--rate", type=float, default=550, help="images/s of all trainings, for the estimate")
     parser.add_argument("--plan", action="store_true", help="print it and do nothing else than write the images")
     parser.add_argument("--pretrain", nargs=argparse.REMAINDER, default=[], help="further options of timm-etf pretrain")
     options = parser.parse_args()
@@ -235,7 +244,13 @@ def main() -> None:
     )
     if options.plan:
         return
-    in_memory.start(options.out / "decoded", os.cpu_count() or 1)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(
+        threads
+    )  # as many of each as there are cores: with more they wait for each other
+    decoded = options.out / "decoded"
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), in_memory.start, (decoded, threads)) as pool:
+        list(pool.map(growing.train, *zip(*product(HEADS, range(options.seeds)), strict=True)))
     found: dict[str, Any] = {}
     for seed in range(options.seeds):
         found[str(seed)] = growing.measured(seed)
