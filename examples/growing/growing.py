@@ -245,9 +245,7 @@ def main() -> None:
     if options.plan:
         return
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    os.environ["OMP_NUM_THREADS"] = str(
-        threads
-    )  # as many of each as there are cores: with more they wait for each other
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     decoded = options.out / "decoded"
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), in_memory.start, (decoded, threads)) as pool:
         list(pool.map(growing.train, *zip(*product(HEADS, range(options.seeds)), strict=True)))
