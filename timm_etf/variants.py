@@ -71,13 +71,12 @@ def _entry_point(name: str, base: Callable[..., nn.Module], *, whiten: bool) -> 
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        overlay = pretrained_cfg_overlay or {}
+        # timm would call it by the base's name wherever its configuration comes from a file.
+        overlay = {"architecture": name, **(pretrained_cfg_overlay or {})}
         ready = fix and not whiten and _is_the_bases(name, pretrained_cfg)
         cfg: Any = pretrained_cfg
         exported: dict[str, Any] = {}
-        if ready:
-            overlay = {"architecture": name, **overlay}
-        else:
+        if not ready:
             cfg, overlay, exported = _find_weights(name, pretrained, cfg, overlay, kwargs.get("cache_dir"))
         kwargs = {**exported.get("model_args", {}), **kwargs}
         head_args = {k: kwargs.pop(k) for k in HEAD_ARGS if k in kwargs} if fix else {}
@@ -159,7 +158,7 @@ def _find_weights(
     if not cfg:
         # An overlay and not a configuration of our own, and one that leaves the tag: some builders look at it.
         inherited = {k: v for k, v in NO_PROVENANCE.items() if k != "tag"}
-        overlay = {**inherited, "architecture": name, **overlay}
+        overlay = {**inherited, **overlay}
     if not pretrained:
         return cfg, overlay, {}
     known = cfg if isinstance(cfg, dict) else vars(cfg or PretrainedCfg())

@@ -216,6 +216,8 @@ def test_whitened_models_need_the_plugin_and_say_so(tmp_path: Path, name: str) -
             assert torch.equal(create(f"local-dir:{folder}", pretrained=True).eval()(images), expected)
     restored = timm_etf.create_model(f"local-dir:{folder}", pretrained=True)
     assert isinstance(restored.fc, FixedClassifier) == name.endswith("_etf")
+    again = hub.export(restored, tmp_path / "again")
+    assert torch.equal(timm.create_model(f"local-dir:{again}", pretrained=True).eval()(images), expected)
     assert "import timm_etf` before creating it" in (folder / "README.md").read_text()
     code = "import sys, timm; timm.create_model(sys.argv[1], pretrained=True)"
     done = commands.run(f"local-dir:{folder}", code=code, fresh=True)

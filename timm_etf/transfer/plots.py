@@ -108,20 +108,27 @@ def _distance(report: Comparison) -> Any:
     figure: Any = Figure(figsize=(0.8 + 3.6 * columns, 0.9 + 2.8 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     for axis, protocol in zip(axes, protocols, strict=False):
-        said = []
-        for label in report.others:
+        said, named = [], {}
+        for place, label in enumerate(report.others):
+            beside = 0.03 * (place - (len(report.others) - 1) / 2)  # of one target, no label hides another
             for target in report.paired(label, protocol):
                 difference, x = report.difference(label, [target], protocol), report.distance_of(target)
                 interval = difference.runs_and_images or difference.test_images
-                axis.plot([x] * 2, interval, color=_colour(report, label), linewidth=0.9)
-                axis.plot(x, difference.mean, "o", color=_colour(report, label), markersize=4.5)
-                if label == report.others[0]:
-                    axis.annotate(target.name, (x, interval[1]), fontsize=6, ha="center", va="bottom")
+                axis.plot([x + beside] * 2, interval, color=_colour(report, label), linewidth=0.9)
+                axis.plot(x + beside, difference.mean, "o", color=_colour(report, label), markersize=4.5)
+                named[target.name] = x
             if found := report.gain_over_distance(label, protocol):
                 said.append(f"{label} {found[0]:+.2f} ({found[1][0]:+.2f} to {found[1][1]:+.2f})")
+        at_foot: dict[str, Any] = {"va": "bottom", "rotation": 90, "transform": axis.get_xaxis_transform()}
+        free = -np.inf
+        for name, x in sorted(named.items(), key=lambda item: item[1]):
+            free = max(x, free) + 0.07  # a name's height, which the next one has to keep
+            axis.text(free - 0.07, 0.02, name, fontsize=6, color="0.3", ha="center", **at_foot)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title("\n".join([protocol, *said]), fontsize=8)
-        axis.margins(x=0.15, y=0.15)
+        axis.margins(x=0.15, y=0.1)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low - 0.35 * (high - low), high)  # where names stand
         axis.grid(alpha=0.3)
     for axis in axes[len(protocols) :]:
         axis.set_axis_off()
