@@ -84,13 +84,16 @@ class Findings:
 
     def hours(self) -> dict[str, float]:
         """Of a process, by what it did; as long as others ran beside it."""
-        trained = [
-            _read(path.parent)["source"] for path in self.out.glob(f"pretrain/{self.architecture}-*/results.json")
-        ]
+        trained = [source for sources in self._sources().values() for source in sources]
         found = {"pretraining": sum(source["train_seconds"] for source in trained)}
         for told in self._by_target_head():
             found[f"transfer, {told['settings']['finetune_head']}"] = sum(told["seconds"].values())
         return {what: round(seconds / 3600, 2) for what, seconds in found.items()}
+
+    def _sources(self) -> dict[str, list[dict[str, Any]]]:
+        """What every pretraining says of its source, by method."""
+        folders = {la: sorted((self.out / "pretrain").glob(f"{self.architecture}-{la}-*/")) for la in self.labels}
+        return {la: [_read(of)["source"] for of in found] for la, found in folders.items()}
 
     def _by_target_head(self) -> list[dict[str, Any]]:
         folders = [path / self.architecture for path in (self.out / "transfer", *sorted(self.out.glob("heads/*")))]
@@ -133,6 +136,7 @@ class Findings:
     def as_json(self) -> dict[str, Any]:
         """Everything that is said."""
         correlations = self.transfer["distance"]["difference_over_distance"].get("finetune", {})
+        source = {la: [s["top1"] for s in of] for la, of in self._sources().items()}
         groups = ["all", *dict.fromkeys(self.groups.values())]
         means = {
             group: {la: np.mean([self.accuracies[t][la] for t in self.group(group)], axis=0) for la in self.labels}
@@ -140,6 +144,12 @@ class Findings:
         }
         return {
             "reference": self.reference,
+            "source": {
+                "accuracy": {la: summary(of) for la, of in source.items()},
+                "less_reference": {
+                    la: summary(np.subtract(source[la], source[self.reference]).tolist()) for la in self.others
+                },
+            },
             "targets": {
                 target: {
                     "group": group,
@@ -148,6 +158,7 @@ class Findings:
                         kind: self.distances(kind, neutral=True).get(target) for kind in KINDS
                     },
                     "accuracy": {la: summary(values) for la, values in self.accuracies[target].items()},
+                    "less_reference": {la: summary(self.gain(la, [target])) for la in self.others},
                 }
                 for target, group in self.groups.items()
             },
@@ -206,10 +217,13 @@ def claim(architecture: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def _within(label: str, reference: str, labels: Mapping[str, Any]) -> str:
-    before, after = labels[label]["within"], labels[f"{label} tuned"]["within"]
-    share = labels[f"{label} tuned"]["within_share"]
-    said = f"{label} {shown(after, '.3g')}, {shown(share, '.1f')} % of the total variance (before {before['mean']:.3g})"
-    return said + (f", less {reference} {shown(after['less_reference'], '+.3g')}" if after["less_reference"] else "")
+    before, tuned = labels[label], labels[f"{label} tuned"]
+    after, share = tuned["within"], tuned["within_share"]
+    said = f"{label} {shown(after, '.3g')}, {shown(share, '.1f')} % of the total variance"
+    said += f" (before {before['within']['mean']:.3g}, {before['within_share']['mean']:.1f} %)"
+    if after["less_reference"]:
+        said += f", less {reference} {shown(after['less_reference'], '+.3g')}, {shown(share['less_reference'])} points"
+    return said
 
 
 def _over_distance(label: str, reference: str, found: Mapping[str, Any]) -> str:
@@ -238,12 +252,11 @@ def table(architecture: str, found: Mapping[str, Any]) -> list[str]:
     apart = [f"{label} - {labels[0]}" for label in others]
     lines = [f"# {architecture}, fine-tuned accuracy in %", "", f"| target | {' | '.join([*labels, *apart])} |"]
     lines.append(f"|{'---|' * (1 + len(labels) + len(apart))}")
-    for target, of in found["targets"].items():
-        accuracy = of["accuracy"]
-        pairs = {la: zip(accuracy[la]["by_training"], accuracy[labels[0]]["by_training"], strict=True) for la in others}
-        cells = [f"{accuracy[label]['mean']:.1f}" for label in labels]
-        cells += [shown(summary([ours - theirs for ours, theirs in pairs[label]])) for label in others]
-        lines.append(f"| {target} ({of['group']}) | {' | '.join(cells)} |")
+    rows = {f"{target} ({of['group']})": of for target, of in found["targets"].items()}
+    for title, of in {"top-1 on the source": found["source"], **rows}.items():
+        cells = [f"{of['accuracy'][label]['mean']:.1f}" for label in labels]
+        cells += [shown(of["less_reference"][label]) for label in others]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     for name in dict.fromkeys(of["group"] for of in found["targets"].values()):
         members = [of["accuracy"] for of in found["targets"].values() if of["group"] == name]
         cells = [f"{mean(of[label]['mean'] for of in members):.1f}" for label in labels]
