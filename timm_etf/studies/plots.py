@@ -119,6 +119,8 @@ def random_features(data: str, models: Mapping[str, Sequence[Sequence[Mapping[st
 def retrieval(data: str, pairs: Sequence[Mapping[str, Any]], out: Path) -> str:
     """recall@1 of every pair of labels in features and in coordinates, and over the images Procrustes is fitted on.
 
+    Where there are too many pairs for one picture, the last is of galleries of the first label alone.
+
     Args:
         data: Name of the data set.
         pairs: What was found for every pair of labels, see `studies.retrieval`. A label with itself shows queries to
@@ -149,6 +151,8 @@ def retrieval(data: str, pairs: Sequence[Mapping[str, Any]], out: Path) -> str:
         fits = sorted({int(space.split()[1]) for found in recall for space in found if space.startswith("Procrustes")})
         names = ["features", *(f"Procrustes {n}" for n in fits)]
         updates = [(p, found) for p, found in zip(pairs, recall, strict=True) if "difference" in p]
+        if len(updates) > len(COLOURS):  # too many to tell apart: of the first label's index
+            updates = [(p, found) for p, found in updates if p["gallery"] == labels[0]]
         for (p, found), colour in zip(updates, cycle(COLOURS), strict=False):
             other = "another " if p["queries"] == p["gallery"] else ""
             curve.plot(
