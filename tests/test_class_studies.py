@@ -125,6 +125,17 @@ def test_every_narrow_arm_can_be_trained_and_the_table_pairs_seeds(data_root: Pa
     assert "| b | 2 | 67.5 | -3.0 (-3.0 to -3.0) | 90.0 |" in narrow_heads.table(runs)
 
 
+def test_ways_to_grow_are_compared_with_a_learned_head() -> None:
+    def run(learned: float, reserved: float) -> dict[str, Any]:
+        ways = {"reserved vertices": reserved, "imprinted rows": learned}
+        return {"5": {w: {"top1_old": h + 1, "top1_new": h - 1, "harmonic": h} for w, h in ways.items()}, "said": True}
+
+    lines = growing.table({"0": run(60.0, 62.0), "1": run(61.0, 63.0)}).splitlines()
+    assert lines[2] == "| 5 | reserved vertices | 63.5 | 61.5 | 62.5 (56.1 to 68.9) | +2.0 (+2.0 to +2.0) |"
+    assert lines[3] == "| 5 | imprinted rows | 61.5 | 59.5 | 60.5 (54.1 to 66.9) | +0.0 (+0.0 to +0.0) |"
+    assert "| 5 | reserved vertices | 63.0 | 61.0 | 62.0 | +2.0 |" in growing.table({"0": run(60.0, 62.0)})
+
+
 @pytest.mark.slow
 def test_names_are_added_with_few_images(data_root: Path, tmp_path: Path) -> None:
     small = ("--epochs", 2, "--tuning-epochs", 1, "--shots", 2, 3, "--seeds", 2, "--pretrain", "--batch-size", 8)

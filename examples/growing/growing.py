@@ -6,7 +6,7 @@ Backbones are trained on 300 of icons-400's 399 names, under a simplex with 99 r
 head. Then the other 99 names come, with 5, 10 or 30 images each, beside 5 of each old name, and both are tuned alike.
 Nearest class means of the first backbones' features are what both are to be better than: of the same images, and of
 all those of old names, which a class mean can keep for nothing.
-It goes on where it was stopped; OUT/results.json has every run, and the table is printed.
+It goes on where it was stopped; OUT/results.json has every run, OUT/report.md the table.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import in_memory
 
 import timm_etf
 from timm_etf import hub
-from timm_etf.atomic import atomic_folder, write_json
+from timm_etf.atomic import atomic_folder, write_json, write_text
 from timm_etf.features.extract import features_of
 from timm_etf.means import old_and_new
 from timm_etf.report.statistics import t_interval
@@ -42,7 +42,8 @@ NETWORK = ["--model-kwargs", "channels=(32, 64, 128, 512)", "stem_width=16"]
 TUNING = "--batch-size 64 --freeze-bn --warmup-epochs 0"
 EXEMPLARS = 5
 """Images of each old class that are kept."""
-HEADS = {"reserved vertices": "resnet10t_etf", "imprinted rows": "resnet10t"}
+LEARNED = "imprinted rows"
+HEADS = {"reserved vertices": "resnet10t_etf", LEARNED: "resnet10t"}
 
 
 class Growing:
@@ -202,17 +203,26 @@ def imprinted(old: Path, data: Path) -> tuple[nn.Module, list[str]]:
 
 
 def table(runs: dict[str, Any]) -> str:
-    """Old, new and harmonic mean by number of shots and way, over seeds, with the harmonic mean's 95 % t interval."""
-    lines = ["| images of a new class | way | old % | new % | harmonic mean |", "|---|---|---|---|---|"]
+    """Old, new and harmonic mean by number of shots and way, and its difference from a grown learned head's.
+
+    Means over seeds with 95 % t intervals.
+    """
+    lines = [f"| images of a new class | way | old % | new % | harmonic mean | less {LEARNED} |", f"|{'---|' * 6}"]
     first = next(iter(runs.values()))
     for shots in (s for s in first if s.isdecimal()):
         for way in first[shots]:
             found = [run[shots][way] for run in runs.values()]
             old, new, both = ([f[k] for f in found] for k in ("top1_old", "top1_new", "harmonic"))
-            interval = t_interval(both)
-            shown = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
-            lines.append(f"| {shots} | {way} | {mean(old):.1f} | {mean(new):.1f} | {mean(both):.1f}{shown} |")
+            apart = [b - run[shots][LEARNED]["harmonic"] for b, run in zip(both, runs.values(), strict=True)]
+            cells = [f"{mean(old):.1f}", f"{mean(new):.1f}", shown(both, ".1f"), shown(apart, "+.1f")]
+            lines.append(f"| {shots} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def shown(values: list[float], digits: str) -> str:
+    """A mean with its interval."""
+    interval = t_interval(values)
+    return f"{mean(values):{digits}}" + (f" ({interval[0]:{digits}} to {interval[1]:{digits}})" if interval else "")
 
 
 def main() -> None:
@@ -254,7 +264,8 @@ def main() -> None:
         found[str(seed)] = growing.measured(seed)
         settings = {k: getattr(options, k) for k in ("epochs", "tuning_epochs", "tuning_lr")}
         write_json(options.out / "results.json", {"settings": settings, "old": len(growing.old), "runs": found})
-    print(f"{table(found)}\nresults: {options.out / 'results.json'}")
+    write_text(options.out / "report.md", f"# Classes that come later\n\n{table(found)}\n")
+    print(f"{table(found)}\nresults: {options.out / 'results.json'}\nreport:  {options.out / 'report.md'}")
 
 
 if __name__ == "__main__":
