@@ -125,10 +125,13 @@ class Growing:
         found: dict[str, Any] = {}
         for head in HEADS:
             start = timm_etf.create_model(f"local-dir:{self.trained(head, seed)}", pretrained=True).eval()
+            test = self._features(start, self.options.shots[0], "test")  # the same for all
+            of_old = class_means(self._features(start, 0, "train"))
             for shots in self.options.shots:
                 told = found.setdefault(str(shots), {})
-                told[f"nearest class mean, {head}"] = self._nearest_mean(start, shots)
-                told[f"nearest class mean of all old images, {head}"] = self._nearest_mean(start, shots, whole=True)
+                means = class_means(self._features(start, shots, "train"))
+                told[f"nearest class mean, {head}"] = self._nearest_mean(means, test)
+                told[f"nearest class mean of all old images, {head}"] = self._nearest_mean(means | of_old, test)
                 tuned = timm_etf.create_model(f"local-dir:{self.trained(head, seed, shots)}", pretrained=True).eval()
                 told[head] = self._scored(*self._logits(tuned, shots))
         found["old logits stay bit for bit"] = self.same_logits(seed)
@@ -146,9 +149,7 @@ class Growing:
             logits = model.get_classifier()(torch.from_numpy(found.x))
         return logits[:, [names.index(name) for name in found.class_names]], found
 
-    def _nearest_mean(self, model: nn.Module, shots: int, *, whole: bool = False) -> dict[str, float]:
-        train, test = (self._features(model, shots, split) for split in ("train", "test"))
-        means = class_means(train) | (class_means(self._features(model, 0, "train")) if whole else {})
+    def _nearest_mean(self, means: dict[str, torch.Tensor], test: Any) -> dict[str, float]:
         means_KD = torch.stack([means[name] for name in test.class_names])
         return self._scored(-torch.cdist(torch.from_numpy(test.x).double(), means_KD), test)
 
@@ -259,6 +260,7 @@ def main() -> None:
     decoded = options.out / "decoded"
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), in_memory.start, (decoded, threads)) as pool:
         list(pool.map(growing.train, *zip(*product(HEADS, range(options.seeds)), strict=True)))
+    in_memory.start(decoded, os.cpu_count() or 1)
     found: dict[str, Any] = {}
     for seed in range(options.seeds):
         found[str(seed)] = growing.measured(seed)
