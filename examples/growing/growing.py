@@ -257,15 +257,12 @@ def main() -> None:
         return
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    decoded = options.out / "decoded"
+    decoded, seeds = options.out / "decoded", range(options.seeds)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), in_memory.start, (decoded, threads)) as pool:
-        list(pool.map(growing.train, *zip(*product(HEADS, range(options.seeds)), strict=True)))
-    in_memory.start(decoded, os.cpu_count() or 1)
-    found: dict[str, Any] = {}
-    for seed in range(options.seeds):
-        found[str(seed)] = growing.measured(seed)
-        settings = {k: getattr(options, k) for k in ("epochs", "tuning_epochs", "tuning_lr")}
-        write_json(options.out / "results.json", {"settings": settings, "old": len(growing.old), "runs": found})
+        list(pool.map(growing.train, *zip(*product(HEADS, seeds), strict=True)))
+        found = dict(zip(map(str, seeds), pool.map(growing.measured, seeds), strict=True))
+    settings = {k: getattr(options, k) for k in ("epochs", "tuning_epochs", "tuning_lr")}
+    write_json(options.out / "results.json", {"settings": settings, "old": len(growing.old), "runs": found})
     write_text(options.out / "report.md", f"# Classes that come later\n\n{table(found)}\n")
     print(f"{table(found)}\nresults: {options.out / 'results.json'}\nreport:  {options.out / 'report.md'}")
 
