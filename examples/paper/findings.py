@@ -234,7 +234,7 @@ def _over_distance(label: str, reference: str, found: Mapping[str, Any]) -> str:
         f"{_slopes(slope)}; in a neutral network's features {_slopes(slope[NEUTRAL])}"
     )
     rank = slope["rank_correlation"]
-    if rank:
+    if rank and None not in (rank["spearman"], *rank["interval"]):  # there is none where all differences are alike
         low, high = rank["interval"]
         said += f" (rank correlation {rank['spearman']:+.2f}, {low:+.2f} to {high:+.2f} over targets and trainings)"
     return said

@@ -43,6 +43,10 @@ TUNINGS = 1 + len(FIRST_RATES)
 """Trainings of a fine-tuning at least: one with every first learning rate, and the best again."""
 
 
+SOURCE_IMAGES = 2500
+"""Four fifths are as many as a distance takes; all of the source's would be read anew for every model."""
+
+
 @dataclass(frozen=True)
 class Scale:
     """What is trained on what, and measured where."""
@@ -174,8 +178,7 @@ class Paper:
             command += ["--seeds", "1", "--finetune-steps", str(scale.steps), "--finetune-head", target_head]
             out = self.out / f"heads/{target_head}" / architecture
             if target_head == TARGET_HEADS[0]:
-                # Four fifths of these are as many as a distance takes; all would be read anew for every model.
-                command += ["--keep-models", "--source", f"{self.source},train_images=2500"]
+                command += ["--keep-models", "--source", f"{self.source},train_images={SOURCE_IMAGES}"]
                 command += ["--neutral", scale.neutral]
                 out = self.out / "transfer" / architecture
             protocols = ["finetune", "probe", "knn"] if target_head == TARGET_HEADS[0] else ["finetune"]
