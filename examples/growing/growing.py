@@ -3,7 +3,7 @@
     python examples/growing/growing.py OUT --data-root DATA    # DATA as `timm-etf data build offline` fills it
 
 Backbones are trained on 300 of icons-400's 399 names, under a simplex with 99 reserved vectors and under a learned
-head. Then the other 99 names come, with 5, 10 or 30 images each, beside 5 of each old name, and both are tuned alike.
+head. Then the other 99 names come, with 5, 10 or 30 images each, beside 5 of each old name, and both go on alike.
 Nearest class means of the first backbones' features are what both are to be better than: of the same images, and of
 all those of old names, which a class mean can keep for nothing.
 It goes on where it was stopped; OUT/results.json has every run, OUT/report.md the table.

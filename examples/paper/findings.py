@@ -92,8 +92,8 @@ class Findings:
 
     def _sources(self) -> dict[str, list[dict[str, Any]]]:
         """What every pretraining says of its source, by method."""
-        folders = {la: sorted((self.out / "pretrain").glob(f"{self.architecture}-{la}-*/")) for la in self.labels}
-        return {la: [_read(of)["source"] for of in found] for la, found in folders.items()}
+        runs = {la: f"pretrain/{self.architecture}-{la}-*/results.json" for la in self.labels}
+        return {la: [_read(path.parent)["source"] for path in sorted(self.out.glob(of))] for la, of in runs.items()}
 
     def _by_target_head(self) -> list[dict[str, Any]]:
         folders = [path / self.architecture for path in (self.out / "transfer", *sorted(self.out.glob("heads/*")))]

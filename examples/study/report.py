@@ -53,6 +53,10 @@ class Findings:
                 found[seed] = mean(accuracies)
         return found
 
+    def measured(self, arm: str, protocols: list[str]) -> bool:
+        """Whether there is something of an arm under each of them."""
+        return arm in self.arms and all(self.means(arm, protocol, "headline") for protocol in protocols)
+
     def level(self, arm: str, protocol: str) -> float:
         """Mean over seeds, on the headline targets."""
         return mean(self.means(arm, protocol, "headline").values())
@@ -147,7 +151,8 @@ def shown(differences: list[float]) -> str:
 def draw(findings: Findings, path: Path) -> None:
     """Accuracies on the headline targets, and what each change adds to them, by either way."""
     protocols = [p for p in ("probe", "knn", "5-shot") if findings.means(RECIPE, p, "headline")]
-    ways = [way for way in (STEPS, OTHER_STEPS) if all(findings.arms.get(arm, {}).get("runs") for arm in way)]
+    ways = [way for way in (STEPS, OTHER_STEPS) if all(findings.measured(arm, protocols) for arm in way)]
+    ways = ways or [{arm: told for arm, told in STEPS.items() if findings.measured(arm, protocols)}]
     figure: Any = Figure(figsize=(4.6 * len(protocols), 3.2 * len(ways)), layout="constrained")
     rows = figure.subplots(len(ways), len(protocols), squeeze=False, sharey="col")
     for way, row in zip(ways, rows, strict=True):
