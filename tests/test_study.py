@@ -3,10 +3,13 @@
 import json
 import runpy
 import shutil
+import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -34,6 +37,17 @@ import in_memory
 in_memory.start(Path(sys.argv[2]), 1)
 del sys.argv[1:3]
 in_memory.cli.main()
+"""
+
+STUDY_OF_ONE = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import in_memory
+with ProcessPoolExecutor(1, get_context("spawn"), in_memory.start, (Path(sys.argv[2]), 1)) as pool:
+    pool.submit(in_memory.run, sys.argv[4:], Path(sys.argv[3])).result()
 """
 
 
@@ -134,3 +148,19 @@ def test_commands_train_and_fine_tune_with_images_in_memory(images: Path, tmp_pa
     budget = "--protocols finetune --finetune-steps 10 --seeds 1 --workers 0".split()
     commands.run(*places, *tuning, *budget, code=IN_MEMORY, check=True)
     assert len(list((tmp_path / "decoded").glob("*.npy"))) == 5  # training, validation; crops; splits of the target
+
+
+def test_trainings_of_a_study_that_is_killed_save_and_end(images: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    training = arguments(images, tmp_path / "run", "--color-jitter", 0, "--epochs", 10_000)
+    script = [sys.executable, "-c", STUDY_OF_ONE, STUDY, tmp_path / "decoded", log, *training]
+    with subprocess.Popen(list(map(str, script))) as study:
+        while not (log.exists() and "epoch 2/" in log.read_text()):
+            assert study.poll() is None
+            time.sleep(0.2)
+        workers = psutil.Process(study.pid).children(recursive=True)
+        study.kill()
+    assert workers
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert "--resume" in log.read_text().splitlines()[-1]
+    assert (tmp_path / "run" / "checkpoints").is_dir()

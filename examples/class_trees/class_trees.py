@@ -41,7 +41,10 @@ from timm_etf.pretrain.objective import Objective
 from timm_etf.report.statistics import t_interval
 
 SCRIPTS = ("armenian", "hiragana", "kanji")
-COMMON = "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --weight-decay 5e-4 --warmup-epochs 1"
+COMMON = (
+    "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --weight-decay 5e-4 --warmup-epochs 1 "
+    "--channels-last False --opt-kwargs fused=True"  # half as fast again on a CPU, at so few pixels
+)
 GRID = ((64, 0.1), (64, 0.2), (64, 0.4))
 """Batches and learning rates that every arm is tuned over."""
 COARSE = "coarse"

@@ -9,11 +9,15 @@ protocols.
 
 import fcntl
 import hashlib
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import parent_process
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +41,9 @@ SIDE = 64
 
 folder = Path()
 """Where decoded images are."""
+
+running = threading.Lock()
+"""Held while a command runs."""
 
 
 def device() -> torch.device:
@@ -206,12 +213,23 @@ def start(where: Path, threads: int) -> None:
     setup.data.check_images = lambda *datasets: None  # decoding finds what is unreadable
     extract.DataLoader = features_loader  # type: ignore[misc,assignment]
     fine_tuning.DataLoader = tuning_loader  # type: ignore[misc,assignment]
+    if parent_process() is not None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End when the study has been ended: what trains saves first, what does anything else ends at once."""
+    parent: Any = parent_process()
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with running:
+        os._exit(128 + signal.SIGTERM)
 
 
 def run(command: list[str], log: Path) -> int:
     """Run a `timm-etf` command, its output in a file; returns the exit status."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+    with running, log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         sys.argv = ["timm-etf", *command]
         try:
             cli.main()
