@@ -25,6 +25,7 @@ for name in ("study", "class_trees", "narrow_heads", "growing"):
 
 import class_trees  # noqa: E402
 import growing  # noqa: E402
+import mistakes  # noqa: E402
 import narrow_heads  # noqa: E402
 
 
@@ -111,6 +112,33 @@ def test_coarse_heads_add_the_cross_entropy_of_each_level(tmp_path: Path) -> Non
     assert not hasattr(plain, "coarse")
 
 
+def test_mistakes_are_those_of_the_learned_arm_with_the_same_seed(tmp_path: Path) -> None:
+    def run(top1: float, hd5: float, mahp: float) -> dict[str, Any]:
+        seen = {f"{decided}{m}": v for decided in ("", "crm_") for m, v in {"top1": top1, "hd5": hd5}.items()}
+        return {"seen": seen | {"severity": 1.5}, "held-out": {"mahp": mahp}}
+
+    runs = {
+        "learned": {"0": run(0.70, 2.0, 0.3), "1": run(0.72, 2.2, 0.3), "2": run(0.71, 2.1, 0.3)},
+        "learned, coarse heads": {"0": run(0.71, 1.8, 0.4), "1": run(0.73, 1.98, 0.4)},
+        "tree": {"1": run(0.70, 1.1, 0.5), "0": run(0.69, 1.0, 0.5)},  # as they ended, the last not yet
+    }
+    arms = {
+        name: {"runs": of, "tuned": {"batch 64, lr 0.1": 30.0, "batch 64, lr 0.2": -1.0}} for name, of in runs.items()
+    }
+    told = mistakes.report({"emoji": {"arms": arms}})
+    assert "Trainings: learned 3, learned, coarse heads 2, tree 2." in told
+    tree = next(line for line in told.splitlines() if line.startswith("| tree | least cost |"))
+    cells = [cell.strip() for cell in tree.split("|")[3:-1]]
+    assert cells[0] == "69.5"
+    assert cells[1].startswith("-1.5 (-7.9 to +4.9)")
+    assert cells[2] == "-50.0 (-50.0 to -50.0)"
+    assert cells[3:] == ["-", "-", "1.050", "-"]
+    assert "| tree | 50.0 | +20.0 (+20.0 to +20.0) | +10.0 (+10.0 to +10.0) |" in told
+    assert "| tree | 30.0 | - |" in told
+    mistakes.draw({"emoji": {"arms": arms}}, tmp_path / "mistakes.png")
+    assert (tmp_path / "mistakes.png").stat().st_size > 5000
+
+
 def test_every_narrow_arm_can_be_trained_and_the_table_pairs_seeds(data_root: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "pictograms").symlink_to(data_root / "icons-400")
@@ -182,4 +210,5 @@ def test_trees_are_trained_and_measured(data_root: Path, tmp_path: Path) -> None
     for of in found.values():
         assert {"severity", "hd5", "crm_hd1", "mahp", "siblings"} <= of["runs"]["0"]["seen"].keys()
         assert "mahp" in of["runs"]["0"]["held-out"]
-    assert "| tree, gram loss | 1 |" in (tmp_path / "out" / "report.md").read_text()
+    assert "Trainings: learned, coarse heads 1, tree, gram loss 1." in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "mistakes.png").stat().st_size > 5000

@@ -5,7 +5,7 @@
 Emoji under Unicode's groups and subgroups, letters under their scripts. A quarter of the classes is held out, whole:
 its images tell whether features of what was never seen are in order. Every arm is tuned on a quarter of the other
 classes' training images, with a third of the passes and one seed, then trained with several seeds and measured. It goes
-on where it was stopped; OUT/results.json has everything, OUT/report.md the tables.
+on where it was stopped; OUT/results.json has everything, mistakes.py tells and draws it.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 
 import in_memory
+import mistakes
 import study
 
 from timm_etf.atomic import atomic_folder, write_json, write_text
@@ -38,7 +38,6 @@ from timm_etf.data.build.offline.registries import Registries
 from timm_etf.frames import ClassTree
 from timm_etf.pretrain import setup
 from timm_etf.pretrain.objective import Objective
-from timm_etf.report.statistics import t_interval
 
 SCRIPTS = ("armenian", "hiragana", "kanji")
 COMMON = (
@@ -68,10 +67,6 @@ ARMS = {
     "tree, gram loss": Arm(fixed=True, more=("--hierarchy", "TREE", "--loss", "gram")),
 }
 """The first is what the others are compared with; the second is told the same as the last two."""
-
-SEEN = ("top1", "severity", "hd1", "hd5", "hd20", "mahp", "siblings")
-CRM = ("crm_top1", "crm_severity", "crm_hd1", "crm_hd5", "crm_hd20")
-HELD_OUT = ("mahp", "siblings", "nearest_mean")
 
 
 class CoarseObjective(Objective):
@@ -282,48 +277,7 @@ class Trees:
         found = {source: Trees(self.options, source).found() for source in self.options.sources}
         settings = {"epochs": self.options.epochs, "options": COMMON, "grid": GRID, "seeds": self.options.seeds}
         write_json(self.options.out / "results.json", {"settings": settings, "sources": found})
-        write_text(self.options.out / "report.md", report(found))
-
-
-def report(found: dict[str, Any]) -> str:
-    """Tables of means over seeds, with the paired difference from the first arm and its 95 % t interval."""
-    lines = [
-        "# Class trees",
-        "",
-        "Means over trainings; in brackets the difference from the first arm, trained with the",
-    ]
-    lines += ["same seed, with its 95 % t interval. Distances are heights in the tree.", ""]
-    for source, told in found.items():
-        for title, half, names in (
-            ("seen classes, unseen styles", "seen", SEEN),
-            ("the same, decided by least expected cost (CRM)", "seen", CRM),
-            ("features of held-out classes, unseen styles", "held-out", HELD_OUT),
-        ):
-            lines += [
-                f"## {source}: {title}",
-                "",
-                f"| arm | trainings | {' | '.join(names)} |",
-                "|---" * (2 + len(names)) + "|",
-            ]
-            first = next(iter(told["arms"].values()))["runs"]
-            for arm, of in told["arms"].items():
-                runs = {seed: run[half] for seed, run in of["runs"].items() if half in run}
-                cells = [_cell(name, runs, {s: r[half] for s, r in first.items() if half in r}) for name in names]
-                lines.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
-            lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(name: str, runs: dict[str, Any], first: dict[str, Any]) -> str:
-    values = {seed: run[name] for seed, run in runs.items() if name in run}
-    if not values:
-        return "-"
-    apart = [v - first[seed][name] for seed, v in values.items() if runs is not first and name in first.get(seed, {})]
-    interval = t_interval(apart)
-    shown = f" ({mean(apart):+.3f}" if any(apart) else ""
-    return f"{mean(values.values()):.3f}" + (
-        shown + (f", {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ")") if shown else ""
-    )
+        write_text(self.options.out / "report.md", mistakes.report(found))
 
 
 def plan(sources: list[Trees], rate: float) -> str:
@@ -369,7 +323,7 @@ def main() -> None:
             study.run(of.tuning(), of, pool)
             study.run(of.training(), of, pool)
     sources[0].write_results()
-    print(f"results: {options.out / 'results.json'}\nreport:  {options.out / 'report.md'}")
+    mistakes.main(options.out)
 
 
 if __name__ == "__main__":
