@@ -45,21 +45,28 @@ class Findings:
         self.reference = next(iter(self.arms))
 
     def means(self, arm: str, protocol: str, half: str) -> dict[str, float]:
-        """Mean accuracy over a half of the targets, `choice` or `headline`, by seed."""
-        found = {}
-        for seed, run in self.arms[arm]["runs"].items():
-            told = run.get("transfer", {}).get(protocol, {})
-            if accuracies := [told[target] for target in self.settings[half] if target in told]:
-                found[seed] = mean(accuracies)
-        return found
+        """Mean accuracy over a half of the targets, `choice` or `headline`, or over `both`, by seed."""
+        by_target = [self.on(arm, protocol, target) for target in self.targets(half)]
+        seeds = dict.fromkeys(seed for found in by_target for seed in found)
+        return {seed: mean(found[seed] for found in by_target if seed in found) for seed in seeds}
+
+    def targets(self, half: str) -> list[str]:
+        """Names of `choice` or `headline`, or of `both`."""
+        return [target for h in HALVES if half in (h, "both") for target in self.settings[h]]
+
+    def on(self, arm: str, protocol: str, target: str) -> dict[str, float]:
+        """Accuracy on one target, by seed."""
+        runs = self.arms[arm]["runs"].items()
+        told = {seed: run.get("transfer", {}).get(protocol, {}) for seed, run in runs}
+        return {seed: accuracies[target] for seed, accuracies in told.items() if target in accuracies}
+
+    def source_top1(self, arm: str) -> dict[str, float]:
+        """Accuracy on the source's validation images, by seed."""
+        return {seed: run["source"]["top1"] for seed, run in self.arms[arm]["runs"].items()}
 
     def measured(self, arm: str, protocols: list[str]) -> bool:
         """Whether there is something of an arm under each of them."""
         return arm in self.arms and all(self.means(arm, protocol, "headline") for protocol in protocols)
-
-    def level(self, arm: str, protocol: str) -> float:
-        """Mean over seeds, on the headline targets."""
-        return mean(self.means(arm, protocol, "headline").values())
 
     def difference(self, arm: str, other: str, protocol: str, half: str) -> list[float]:
         """Of one arm less another, for every seed that both have."""
@@ -74,11 +81,11 @@ class Findings:
     def title(self, protocol: str, half: str) -> str:
         """A protocol, with its targets and trainings where it has not been measured on all."""
         runs = [run.get("transfer", {}).get(protocol, {}) for run in self.arms[RECIPE]["runs"].values()]
-        targets = [t for t in self.settings[half] if any(t in run for run in runs)]
+        targets = [t for t in self.targets(half) if any(t in run for run in runs)]
         trainings = sum(bool(run) for run in runs)
         if not targets:
             return f"{protocol} (not measured)"
-        limits = [] if len(targets) == len(self.settings[half]) else [", ".join(targets)]
+        limits = [] if len(targets) == len(self.targets(half)) else [", ".join(targets)]
         limits += [] if trainings == len(runs) else [f"{trainings} seeds"]
         return f"{protocol} ({'; '.join(limits)})" if limits else protocol
 
@@ -90,7 +97,9 @@ class Findings:
         for name, arm in self.arms.items():
             if not arm["runs"]:
                 continue
-            cells = [f"{mean(run['source']['top1'] for run in arm['runs'].values()):.1f}"]
+            top1, first = (self.source_top1(each) for each in (name, self.reference))
+            apart = [top1[seed] - first[seed] for seed in top1 if seed in first and name != self.reference]
+            cells = [f"{mean(top1.values()):.1f}" + (f" ({shown(apart)})" if apart else "")]
             for protocol in protocols:
                 accuracies = self.means(name, protocol, half).values()
                 cell = f"{mean(accuracies):.1f}" if accuracies else "-"
@@ -111,23 +120,27 @@ class Findings:
                 lines.append(f"| {name} | {' | '.join(shown(each) if each else '-' for each in paired)} |")
         return lines
 
+    def by_target(self, other: str) -> list[str]:
+        """Rows of differences of the recipe from another arm, one for each target."""
+        lines = [f"| {RECIPE}, less {other} | {' | '.join(self.protocols)} |", f"|{'---|' * (1 + len(self.protocols))}"]
+        for target in self.targets("both"):
+            cells = []
+            for protocol in self.protocols:
+                ours, theirs = (self.on(arm, protocol, target) for arm in (RECIPE, other))
+                paired = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+                cells.append(shown(paired) if paired else "-")
+            lines.append(f"| {target} | {' | '.join(cells)} |")
+        return lines
+
     def fine_tuned(self) -> list[str]:
-        """Rows of the recipe and the first arm, fine-tuned, target by target."""
-        lines = [f"| target | {self.reference} | {RECIPE} | difference |", "|---|---|---|---|"]
-        runs = {name: self.arms[name]["runs"] for name in (self.reference, RECIPE)}
-        for target in self.settings["headline"]:
-            ours, theirs = (
-                {
-                    s: run["transfer"]["finetune"][target]
-                    for s, run in runs[name].items()
-                    if target in run["transfer"].get("finetune", {})
-                }
-                for name in (RECIPE, self.reference)
-            )
-            if both := sorted(ours.keys() & theirs.keys()):
-                paired = [ours[s] - theirs[s] for s in both]
-                means = [f"{mean(of[s] for s in both):.1f}" for of in (theirs, ours)]
-                lines.append(f"| {target} | {' | '.join(means)} | {shown(paired)} |")
+        """Rows of the recipe and the first arm, fine-tuned and, of the same trainings, as they were before."""
+        lines = ["| target | arm | fine-tuned | probe before | kNN before |", f"|{'---|' * 5}"]
+        for target in self.targets("both"):
+            for arm in (self.reference, RECIPE):
+                if tuned := self.on(arm, "finetune", target):
+                    before = [[self.on(arm, p, target)[seed] for seed in tuned] for p in ("probe", "knn")]
+                    cells = [f"{mean(each):.1f}" for each in (tuned.values(), *before)]
+                    lines.append(f"| {target} | {arm} | {' | '.join(cells)} |")
         return lines
 
     def geometry(self) -> list[str]:
@@ -155,32 +168,31 @@ def draw(findings: Findings, path: Path) -> None:
     ways = ways or [{arm: told for arm, told in STEPS.items() if findings.measured(arm, protocols)}]
     figure: Any = Figure(figsize=(4.6 * len(protocols), 3.2 * len(ways)), layout="constrained")
     rows = figure.subplots(len(ways), len(protocols), squeeze=False, sharey="col")
-    for way, row in zip(ways, rows, strict=True):
-        for axis, protocol in zip(row, protocols, strict=True):
-            draw_steps(findings, way, protocol, axis)
-    for axis, protocol in zip(rows[0], protocols, strict=True):
-        axis.set_title(protocol)
-        levels = [findings.level(arm, protocol) for way in ways for arm in way]
-        axis.set_ylim(min(levels) - 1.5, max(levels) + 1.2)
+    for protocol, column in zip(protocols, rows.T, strict=True):
+        levels = [draw_steps(findings, way, protocol, axis) for way, axis in zip(ways, column, strict=True)]
+        column[0].set_title(protocol)
+        column[0].set_ylim(min(map(min, levels)) - 1.5, max(map(max, levels)) + 1.2)
     figure.supylabel("mean of headline targets (%)", fontsize=9)
     save(figure, path)
 
 
-def draw_steps(findings: Findings, way: dict[str, str], protocol: str, axis: Any) -> None:
-    """Each arm of a way from the one before, over the seeds that both have."""
-    level = findings.level(next(iter(way)), protocol)
-    axis.bar(0, level, color=COLOURS[0])
-    axis.text(0, level, f"{level:.1f}", ha="center", va="bottom")
-    for place, (before, arm) in enumerate(pairwise(way), 1):
-        gains = findings.difference(arm, before, protocol, "headline")
-        gain = mean(gains)
-        told = f"{shown(gains)}\n({len(gains)} seeds)".replace(", ", "\n")
+def draw_steps(findings: Findings, way: dict[str, str], protocol: str, axis: Any) -> list[float]:
+    """Each arm of a way from the one before, over the seeds that all of them have; returns their accuracies."""
+    found = [findings.means(arm, protocol, "headline") for arm in way]
+    seeds = [seed for seed in found[0] if all(seed in each for each in found)]
+    levels = [mean(each[seed] for seed in seeds) for each in found]
+    axis.bar(0, levels[0], color=COLOURS[0])
+    axis.text(0, levels[0], f"{levels[0]:.1f}\n({len(seeds)} seeds)", ha="center", va="bottom", fontsize=8)
+    for place, (before, arm) in enumerate(pairwise(found), 1):
+        gains = [arm[seed] - before[seed] for seed in seeds]
+        level, gain = levels[place - 1], mean(gains)
         axis.bar(place, gain, bottom=level, color=COLOURS[4] if gain > 0 else COLOURS[1])
+        told = shown(gains).replace(", ", "\n")
         axis.text(place, level + max(gain, 0), told, ha="center", va="bottom", fontsize=8)
         axis.plot([place - 1.4, place + 0.4], [level, level], color="black", linewidth=0.8)
-        level += gain
     axis.set_xticks(range(len(way)), way.values(), fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
+    return levels
 
 
 def draw_gains(findings: Findings, path: Path) -> None:
@@ -217,15 +229,20 @@ def main(out: Path) -> None:
     for half, title in HALVES.items():
         lines += [f"## {title}", "", ", ".join(findings.settings[half]), "", *findings.table(half), ""]
     lines += [f"Differences are from {findings.reference}, over the seeds that both have, with 95 % t intervals.", ""]
-    lines += ["## The recipe", "", "On the targets that nothing was tuned on.", "", *findings.recipe_less("headline")]
-    lines += ["", "## Fine-tuned, target by target", "", *findings.fine_tuned()]
+    lines += ["## The recipe"]
+    for half, title in (*HALVES.items(), ("both", "All of them")):
+        lines += ["", f"{title}:", "", *findings.recipe_less(half)]
+    for other in (findings.reference, "learned, CE, projector"):
+        if findings.arms.get(other, {}).get("runs"):
+            lines += ["", *findings.by_target(other)]
+    lines += ["", "## Fine-tuned", "", *findings.fine_tuned()]
     lines += ["", "## Geometry", "", "Of the source's validation images, before any projector; means over trainings."]
     lines += ["", *findings.geometry()]
     lines += [
         "",
         "## What was tuned",
         "",
-        "Top-1 on the source's validation images, a third of the passes, seed 0; - diverged.",
+        "Top-1 on the source's validation images, a third of the passes, seed 0; - has no result.",
         "",
     ]
     grid = list(next(iter(findings.arms.values()))["tuned"])
