@@ -121,7 +121,12 @@ def test_a_damaged_count_is_named(tmp_path: Path, taken: object) -> None:
 def test_what_cannot_grow_is_refused() -> None:
     with pytest.raises(UsageError, match="has no fixed classifier to grow"):
         grow_classifier(timm.create_model("test_resnet", num_classes=5), ["a"])
-    for names, says in ((["a", "a"], "class 'a' is there already"), ("ab", "list of texts"), ([1], "list of texts")):
+    for names, says in (
+        (["a", "a"], "class 'a' is there already"),
+        ("ab", "list of texts"),
+        ([1], "list of texts"),
+        (["a", "reserved 1"], "'reserved 1' is what a class that is still to come is called"),
+    ):
         with pytest.raises(UsageError, match=says):
             grow_classifier(model(5), names)
 

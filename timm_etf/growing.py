@@ -32,7 +32,8 @@ def grow_classifier(model: nn.Module, names: Sequence[str], *, seed: int = 0) ->
         The same model, whose first `taken` classes have names.
 
     Raises:
-        UsageError: If the model has no fixed classifier, or a name is there already. The model is then unchanged.
+        UsageError: If the model has no fixed classifier, or a name is there already or a reserved one's. The model is
+            then unchanged.
 
     Example:
         >>> import timm, timm_etf
@@ -49,8 +50,11 @@ def grow_classifier(model: nn.Module, names: Sequence[str], *, seed: int = 0) ->
     first = heads[0][1]
     taken = first.out_features if first.taken is None else first.taken
     known = [*own_class_names(model), *map(str, range(taken))][:taken]
+    names = names if isinstance(names, str) else list(names)
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"The names of the new classes are a list of texts, got {names!r}.")
+    if name := next((name for name in names if not without_reserved([name])), None):
+        raise UsageError(f"{name!r} is what a class that is still to come is called: give it a name of its own.")
     if twice := next((n for i, n in enumerate(names) if n in known or n in names[:i]), None):
         raise UsageError(f"The class {twice!r} is there already: leave it out.")
     further = taken + len(names) - first.out_features

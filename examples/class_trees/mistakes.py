@@ -79,10 +79,11 @@ class Source:
 
     def tuning(self) -> list[str]:
         """Top-1 on the training images that were held back."""
-        grid = list(next(iter(self.tuned.values())))
+        grid = list(dict.fromkeys(at for by in self.tuned.values() for at in by))
         lines = [f"| arm | {' | '.join(grid)} |", "|---" * (1 + len(grid)) + "|"]
         for arm, by in self.tuned.items():
-            lines.append(f"| {arm} | {' | '.join(f'{v:.1f}' if v >= 0 else '-' for v in by.values())} |")
+            cells = [f"{by[at]:.1f}" if by.get(at, -1) >= 0 else "-" for at in grid]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
         return lines
 
 

@@ -142,6 +142,13 @@ def test_where_none_fits_rows_are_pushed_apart_as_far_as_stated_and_no_others(nu
     torch.testing.assert_close(frames.nearest(apart), torch.nn.functional.normalize(apart, dim=1), atol=0.02, rtol=0)
 
 
+def test_equal_rows_are_pushed_apart_too() -> None:
+    w = rows(40, 16, 0).repeat(2, 1)
+    found = frames.nearest(w)
+    assert frames.coherence(found) <= frames.coherence(frames.make("auto", 80, 16)) + SLACK + 1e-9
+    assert mean_cosine(w, found) > mean_cosine(w, frames.make("auto", 80, 16)) + 0.3
+
+
 @pytest.mark.parametrize(("num_classes", "dim"), [(20, 64), (100, 512), (1000, 256)])
 def test_directions_that_no_training_has_moved_are_known(num_classes: int, dim: int) -> None:
     fresh = torch.nn.Linear(dim, num_classes).weight

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from timm_etf.errors import UsageError
-from timm_etf.frames.exact import check, haar
+from timm_etf.frames.bounds import coherence
+from timm_etf.frames.exact import check, generator, haar
 from timm_etf.processes import is_first_process
 
 _logger = logging.getLogger(__name__)
@@ -66,8 +67,10 @@ def from_similarity(similarity: Tensor, dim: int, *, seed: int = 0, dtype: torch
     With E = L L' and u = L^-1 1 scaled to norm 1, S is (1 + mu) L (I - uu') L': so W is L times a basis of the vectors
     orthogonal to u, times sqrt(1 + mu).
 
-    Where d < K-1 the d directions stay that hold most of S (its largest eigenvalues; among equal ones the seed
-    chooses), the rows are scaled to norm 1 again, and a warning says what that cost.
+    Where d < K-1 the d directions stay that hold most of S (its largest eigenvalues; of those that belong to equal
+    ones, random combinations), the rows are scaled to norm 1 again, and a warning says what that cost. Where that makes
+    two classes one, as siblings whose groups take up all directions, the others are laid over these by a random matrix
+    that keeps S in the mean (Johnson and Lindenstrauss). What is random there follows the order of the classes.
 
     Args:
         similarity: E, [K, K], symmetric and positive definite: of class names' or attributes' vectors, or a confusion
@@ -80,7 +83,7 @@ def from_similarity(similarity: Tensor, dim: int, *, seed: int = 0, dtype: torch
         Frame of shape [K, d], unit rows, contiguous, on the CPU.
 
     Raises:
-        UsageError: If E is not such a matrix, or a class has no part in the d directions.
+        UsageError: If E is not such a matrix.
 
     Example:
         >>> from timm_etf.frames import is_simplex
@@ -98,7 +101,7 @@ def from_similarity(similarity: Tensor, dim: int, *, seed: int = 0, dtype: torch
         least = torch.linalg.eigvalsh(e_KK)[0].item()
         raise UsageError(
             f"The similarity is not positive definite (smallest eigenvalue {least:.2g}): two classes are one, gamma is "
-            f"too small, or add something above {max(0.0, -least):.2g} to its diagonal."
+            f"too small, or add something above {max(1e-9, -least):.2g} to its diagonal."
         )
     ones_K1 = torch.ones(len(e_KK), 1, dtype=torch.float64, device="cpu")
     u_K = torch.linalg.solve_triangular(l_KK, ones_K1, upper=False)[:, 0]
@@ -109,13 +112,14 @@ def from_similarity(similarity: Tensor, dim: int, *, seed: int = 0, dtype: torch
     reflected_KK = l_KK - (l_KK @ v_K).outer(v_K) * (2 / v_K.square().sum())
     w_KM = reflected_KK[:, :-1] * (total / (total - 1)).sqrt()
     if dim < w_KM.shape[1]:
-        w_KM = _largest(w_KM, dim, seed)
+        w_KM = _fewer(w_KM, dim)
     w_KM = torch.nn.functional.normalize(w_KM, dim=1)
     return (w_KM @ haar(dim, w_KM.shape[1], seed).T).to(dtype).contiguous()
 
 
 def _square(matrix: Tensor, what: str) -> Tensor:
     """A finite symmetric matrix of two classes or more, in float64 on the CPU."""
+    matrix = matrix if isinstance(matrix, Tensor) else torch.as_tensor(matrix, device="cpu")
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
         raise UsageError(f"{what} of classes has the shape [K, K] with K >= 2, got {list(matrix.shape)}.")
     m_KK = matrix.detach().double().cpu()
@@ -124,27 +128,39 @@ def _square(matrix: Tensor, what: str) -> Tensor:
     return (m_KK + m_KK.T) / 2
 
 
-def _largest(w_KM: Tensor, dim: int, seed: int) -> Tensor:
-    """The part of the rows in the d directions that hold most of them, [K, d]."""
-    values, vectors = torch.linalg.eigh(w_KM.T @ w_KM)
+def _fewer(w_KM: Tensor, dim: int) -> Tensor:
+    """The rows in d dimensions, [K, d]: what is in the directions that hold most of them, and no two alike."""
+    values, vectors_MM = torch.linalg.eigh(w_KM.T @ w_KM)
     least, size = values[-dim], values[-1]
-    above, equal = (
-        int(n) for n in ((values > least + 1e-9 * size).sum(), ((values - least).abs() <= 1e-9 * size).sum())
-    )
-    # Equal values, as of a star: a routine's own choice among their directions may leave a class without any.
-    tied = vectors[:, len(values) - above - equal : len(values) - above] @ haar(equal, dim - above, seed)
-    part_Kd = w_KM @ torch.cat([tied, vectors[:, len(values) - above :]], dim=1)
-    kept_K = part_Kd.norm(dim=1)
-    if kept_K.min() < 1e-6:
-        raise UsageError(
-            f"Class {int(kept_K.argmin())} has no part in the {dim} directions that hold most of the similarity: "
-            f"use features of width {w_KM.shape[1]}, a projector, or a larger gamma."
-        )
-    unit_Kd = part_Kd / kept_K[:, None]
+    above = int((values > least + 1e-9 * size).sum())
+    equal = int(((values - least).abs() <= 1e-9 * size).sum())
+    tied_Mn = _basis(vectors_MM[:, len(values) - above - equal : len(values) - above], dim - above)
+    basis_Md = _basis(torch.cat([tied_Mn, vectors_MM[:, len(values) - above :]], dim=1), dim)
+    part_Kd = w_KM @ basis_Md
+    kept = part_Kd.square().sum().item() / len(w_KM)
+    told = ""
+    if part_Kd.norm(dim=1).min() < 1e-6 or coherence(torch.nn.functional.normalize(part_Kd, dim=1)) > 1 - 1e-3:
+        left_KM = w_KM - part_Kd @ basis_Md.T
+        part_Kd = part_Kd + left_KM @ _normal(w_KM.shape[1], dim, 1) / dim**0.5
+        told = " in its directions, the rest is laid over them at random because classes would be one without it"
+    unit_Kd = torch.nn.functional.normalize(part_Kd, dim=1)
     if is_first_process():
         change = (unit_Kd @ unit_Kd.T - w_KM @ w_KM.T).abs().max().item()
         _logger.warning(
-            f"{len(w_KM)} classes in {dim} dimensions: the frame keeps {100 * kept_K.square().mean().item():.0f} % of "
-            f"the similarity, which would take {w_KM.shape[1]}, and a cosine changes by up to {change:.2f}."
+            f"{len(w_KM)} classes in {dim} dimensions: the frame keeps {100 * kept:.0f} % of the similarity{told}, "
+            f"which would take {w_KM.shape[1]}, and a cosine changes by up to {change:.2f}."
         )
     return unit_Kd
+
+
+def _basis(vectors_MN: Tensor, columns: int) -> Tensor:
+    """Orthonormal columns [M, n] in a space, the same ones for whichever orthonormal basis of it is given.
+
+    Which basis of a space with equal eigenvalues a routine finds depends on rounding, and so on the machine.
+    """
+    q_Mn, r_nn = torch.linalg.qr(vectors_MN @ (vectors_MN.T @ _normal(len(vectors_MN), columns, 0)))
+    return q_Mn * r_nn.diagonal().sign()
+
+
+def _normal(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.randn(rows, columns, dtype=torch.float64, device="cpu", generator=generator(seed))

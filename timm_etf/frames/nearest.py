@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 from timm_etf.errors import UsageError
 from timm_etf.frames.bounds import coherence
 from timm_etf.frames.codes import spherical_code
-from timm_etf.frames.exact import check, nearest_simplex
+from timm_etf.frames.exact import check, generator, nearest_simplex
 
 SLACK = 0.05
 """How much larger the largest cosine may be than that of the best frame, where no simplex fits."""
@@ -27,7 +27,7 @@ def nearest(rows: Tensor) -> Tensor:
 
     .. math:: w_i \leftarrow w_i - \eta \sum_{j \ne i} \max(0, w_i^\top w_j - \mu)\, w_j, \qquad |w_i| = 1,
 
-    which leaves rows alone that have no such neighbour.
+    which leaves rows alone that have no such neighbour; of equal rows each is moved by a thousandth first.
 
     Args:
         rows: Weight of a classifier, [K, d] with K >= 2, finite; neither a common offset nor a common scale matters.
@@ -233,6 +233,10 @@ def looks_random(rows: Tensor) -> bool:
 
 
 def _pushed_apart(unit_KD: Tensor, largest: float) -> Tensor:
+    if coherence(unit_KD) > 1 - 1e-6:  # equal rows would be pushed alike, for ever
+        noise_KD = torch.randn(unit_KD.shape, dtype=torch.float64, device="cpu", generator=generator(0))
+        unit_KD = unit_KD + 1e-3 * torch.nn.functional.normalize(noise_KD, dim=1).to(unit_KD.device)
+        unit_KD = torch.nn.functional.normalize(unit_KD, dim=1)
     step, before = 0.5, float("inf")
     for _ in range(_MOST_STEPS):
         push_KD = torch.empty_like(unit_KD)

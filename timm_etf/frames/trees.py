@@ -27,7 +27,7 @@ class ClassTree:
         gamma: How fast cosines fall with the height of the lowest common ancestor, see `timm_etf.frames.hierarchy`.
 
     Raises:
-        UsageError: If a class comes twice.
+        UsageError: If a class comes twice, or there are not two of them.
 
     Example:
         >>> tree = ClassTree(("animal/dog", "animal/cat", "tool/saw"))
@@ -41,6 +41,9 @@ class ClassTree:
     gamma: float = 3.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", tuple(self.paths))
+        if len(self.paths) < 2 or not all(isinstance(path, str) and path for path in self.paths):
+            raise UsageError("A class tree is two paths or more, texts such as 'animal/dog/poodle'.")
         if twice := _twice(self.paths):
             raise UsageError(f"The class {twice!r} is in the tree twice: leave one out.")
 
@@ -129,17 +132,17 @@ def _groups(file: Path) -> dict[str, str]:
     try:
         if file.is_dir():
             return _unique(((f.name, _above(f, file)) for f in _innermost(file)), file)
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() == ".json":
             parents = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
             if not isinstance(parents, dict):
                 raise ValueError("it holds no classes with their groups")
             return {name: _group(name, parents, file) for name in parents}
-        rows = [line.split("\t") for line in text.splitlines() if line.strip()]
+        rows = [line.split("\t") for line in text.split("\n") if line.strip()]
         if wrong := next((row for row in rows if len(row) != 2), None):
             raise UsageError(f"{file} has the line {' '.join(wrong)!r}: write a class, a tab and its group, a/b/c.")
         return _unique(rows, file)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         if isinstance(e, UsageError):
             raise
         raise UsageError(f"Cannot read the class tree {file} ({first_line(e)}): check the file.") from None
@@ -162,7 +165,7 @@ def _unique(rows: Iterable[Sequence[Any]], file: Path) -> dict[str, str]:
         raise UsageError(f"{file} must give each class the text of its group, as in {{'poodle': 'animal/dog'}}.")
     if twice := _twice([name for name, _ in rows]):
         raise UsageError(f"{file} has the class {twice!r} twice: leave one out.")
-    return {name: parent.strip("/") for name, parent in rows}
+    return {name: "/".join(filter(None, map(str.strip, parent.split("/")))) for name, parent in rows}
 
 
 def _twice(names: Sequence[str]) -> str | None:
