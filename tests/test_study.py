@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -61,6 +62,21 @@ def test_every_arm_can_be_trained(tmp_path: Path) -> None:
             options = [*arm.options(name), *study["COMMON"].split(), *family.options.split()]
             folders = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
             tyro.cli(PretrainConfig, args=[*options, *folders]).check()
+
+
+def test_the_plan_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--data-root", "DATA", "--plan", "--rate", "1000"])
+    main = runpy.run_path(str(STUDY / "study.py"))["main"]
+    main()
+    said = capsys.readouterr().out
+    assert "  simplex, CE, projector: 5 seeds\n" in said
+    assert "35 trainings to tune and 35 to compare are left: 12,640,880 images" in said
+    assert "about 3.5 hours" in said
+    done = tmp_path / "train" / "learned+CE-0"
+    done.mkdir(parents=True)
+    (done / "results.json").touch()
+    main()
+    assert "35 trainings to tune and 34 to compare are left" in capsys.readouterr().out
 
 
 def test_the_report_is_that_of_its_results(tmp_path: Path) -> None:

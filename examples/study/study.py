@@ -139,6 +139,22 @@ class Study:
             jobs.append(self._training(out, self.arms[name], batch, lr, seed=seed, repeats=3))
         return jobs
 
+    def plan(self) -> str:
+        """What is to be done, and for how long."""
+        tuning, runs = self.tuning(), 0
+        lines = [f"to tune over (batch, rate) {', '.join(map(str, self.family.grid))}, then to train and measure:"]
+        for name in self.arms:
+            lines.append(f"  {name}: {len(self.seeds(name))} seeds")
+            done = sum((self.folder("train", name, seed) / "results.json").exists() for seed in self.seeds(name))
+            runs += len(self.seeds(name)) - done
+        tune = sum(not job.done for job in tuning)
+        # icons-400's images, and its validation images, of which inference takes a third of the time
+        images = self.options.epochs * (tune * (21_163 + 8_460 / 3) + runs * (3 * 21_163 + 8_460 / 3))
+        hours = images / self.options.rate / 3600
+        lines.append(f"{tune} trainings to tune and {runs} to compare are left: {images:,.0f} images,")
+        lines.append(f"about {hours:.1f} hours at {self.options.rate:.0f} images/s of all processes, and the measuring")
+        return "\n".join(lines)
+
     def _training(self, out: Path, arm: Arm, batch: int, lr: float, seed: int, repeats: int) -> Job:
         options, data = self.options, self.options.data_root / "icons-400"
         command = ["pretrain", *arm.options(options.family), "--data-dir", data, "--out", out]
@@ -260,13 +276,13 @@ def main() -> None:
     parser.add_argument("--finetune-steps", type=int, default=150)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
     parser.add_argument("--rate", type=float, default=400, help="images/s of all trainings, for the estimate")
+    parser.add_argument("--plan", action="store_true", help="print it and do nothing else")
     parser.add_argument("--pretrain", nargs=argparse.REMAINDER, default=[], help="further options of timm-etf pretrain")
     options = parser.parse_args()
     study = Study(options)
-    tuning, runs = study.tuning(), sum(len(study.seeds(name)) for name in study.arms)
-    images = options.epochs * (len(tuning) * (21_163 + 8_460 / 3) + runs * (3 * 21_163 + 8_460 / 3))
-    hours = images / options.rate / 3600
-    print(f"{len(study.arms)} arms: {len(tuning)} trainings to tune, {runs} to compare, about {hours:.1f} hours")
+    print(study.plan(), flush=True)
+    if options.plan:
+        return
     # Processes that share the cores must not each take all of them.
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -274,7 +290,7 @@ def main() -> None:
     with ProcessPoolExecutor(
         options.jobs, get_context("spawn"), in_memory.start, (options.out / "decoded", threads)
     ) as pool:
-        run(tuning, study, pool)
+        run(study.tuning(), study, pool)
         run(study.training(), study, pool)
     study.write_results()
     print(f"results: {options.out / 'results.json'}\nnext:    python examples/study/report.py {options.out}")
