@@ -60,12 +60,14 @@ class Source:
         return lines
 
     def less_learned(self) -> list[str]:
-        """Every arm's mistakes less those of the learned ones, by either decision: top-1 in points, all else in %."""
+        """Fixed arms' mistakes less those of the learned ones, by either decision: top-1 in points, all else in %."""
         names = ["top-1, points", *(f"{name}, %" for name in MISTAKES.values())]
         lines = [f"| arm, decided by | less | {' | '.join(names)} |", "|---" * 7 + "|"]
         both = [(arm, prefix) for arm in self.arms for prefix in DECIDED]
         for than, by in (pair for pair in both if pair[0] in (LEARNED, CONTROL)):
-            for arm, prefix in (pair for pair in both if pair[0] != than or pair[1] > by):
+            for arm, prefix in both:
+                if (arm, prefix) == (than, by) or (arm in (LEARNED, CONTROL) and (than, by) != (LEARNED, "")):
+                    continue
                 top1 = self.less(arm, than, "seen", f"{prefix}top1", f"{by}top1")
                 cells = [interval(top1)]
                 for m in MISTAKES:

@@ -139,8 +139,9 @@ class _Problem:
             self.w_KR, self.loss, self.loss_gradient_KR = w_KR, loss, loss_gradient
             self.diagonal_KR = self.diagonal()
             objective, gradient = new_objective, new_gradient
-            # What is left after such a step is what the step left of its own quadratic model.
-            if is_quadratic and gap * _FORCING**2 <= allowed / 2:
+            # After such a step little is left; how little, its own model does not tell where probabilities are near 0
+            # and 1 (it spoke of a hundredth of what was left), so the step itself has to lie within what is allowed.
+            if is_quadratic and gap <= allowed:
                 break
         return self.w_KR
 
