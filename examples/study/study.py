@@ -39,7 +39,10 @@ class Family:
 
 FAMILIES = {
     "resnet10t": Family("--weight-decay 5e-4", ((64, 0.1), (64, 0.2), (128, 0.2), (128, 0.4), (512, 0.4))),
-    "convnext_atto": Family("--opt adamw --weight-decay 0.05", ((64, 5e-4), (64, 1e-3), (128, 1e-3), (128, 2e-3))),
+    "convnext_atto": Family(
+        "--opt adamw --opt-kwargs fused=True --weight-decay 0.05",
+        ((64, 1e-3), (128, 1e-3), (128, 2e-3), (128, 4e-3)),
+    ),
 }
 
 COMMON = "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --warmup-epochs 1"
