@@ -1,5 +1,6 @@
 """examples/study: its arms, its report, and images that are decoded once."""
 
+import argparse
 import json
 import runpy
 import shutil
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from tests import commands
 from tests.pretrain.runs import arguments, config, lines
+from timm_etf.atomic import write_json
 from timm_etf.data import images as target_images
 from timm_etf.features import extract
 from timm_etf.pretrain import data
@@ -54,7 +56,7 @@ with ProcessPoolExecutor(1, get_context("spawn"), in_memory.start, (Path(sys.arg
 
 def test_every_arm_can_be_trained(tmp_path: Path) -> None:
     study = runpy.run_path(str(STUDY / "study.py"))
-    assert len(study["ARMS"]) == 19
+    assert len(study["ARMS"]) == 21
     for arm in study["ARMS"].values():
         for name, family in study["FAMILIES"].items():
             if arm.whitened and name != "resnet10t":
@@ -77,6 +79,45 @@ def test_the_plan_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     (done / "results.json").touch()
     main()
     assert "35 trainings to tune and 34 to compare are left" in capsys.readouterr().out
+    shutil.copy(STUDY / "results.json", tmp_path)  # of what this has, nothing is done again
+    main()
+    told = json.loads((STUDY / "results.json").read_text())["arms"].values()
+    tune = sum(top1 is None for arm in told for top1 in arm["tuned"].values())
+    measured = sum(bool(arm["runs"].get(str(seed), {}).get("transfer")) for arm in told for seed in range(5))
+    assert f"{tune} trainings to tune and {35 - measured} to compare are left" in capsys.readouterr().out
+
+
+def save(folder: Path, results: object) -> None:
+    folder.mkdir(parents=True)
+    write_json(folder / "results.json", results)
+
+
+def test_arms_beside_the_headline_are_halved_by_the_source_and_then_by_targets(tmp_path: Path) -> None:
+    scope = runpy.run_path(str(STUDY / "study.py"))
+    names = [*scope["ARMS"]][scope["HEADLINE_ARMS"] :][:7]
+    options = argparse.Namespace(out=tmp_path, family="resnet10t", all=False, arms=["learned, CE", *names], seeds=5)
+    vars(options).update(epochs=4, data_root=Path("DATA"), targets=["kanji"], pretrain=[], finetune_steps=1)
+    study = scope["Study"](options)
+    for place, name in enumerate(names):  # the last is the best on the source
+        for batch, lr in study.family.grid:
+            source = {"source": {"top1": 50 + place + (batch == 128) + lr}}
+            save(study.folder("tune", name, batch, lr), source)
+    screening = study.screening()
+    assert [job.out.name for job in screening] == [study.folder("", name, 128, 0.4).name for name in names[:2:-1]]
+    assert study.left() == ["learned, CE"]
+    for place, job in enumerate(screening):  # and the worst on the targets
+        targets = {"armenian": {"models": {"a": {"accuracy": 60.0 + place}}}}
+        save(job.out, {"protocols": {"knn": {"targets": targets}}})
+    assert study.left() == ["learned, CE", *names[3:5]]
+    training = [job.out for job in study.training()]
+    assert len(training) == 5 + 2 * 3
+    study.write_results()
+    shutil.rmtree(tmp_path / "tune")
+    shutil.rmtree(tmp_path / "screen")
+    again = scope["Study"](options)
+    assert again.left() == ["learned, CE", *names[3:5]]
+    assert not again.screening()
+    assert [job.out for job in again.training()] == training
 
 
 def test_the_report_is_that_of_its_results(tmp_path: Path) -> None:

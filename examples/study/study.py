@@ -4,19 +4,23 @@
 
 Three rounds, each of which continues where it was stopped: every arm is tuned, with a third of the epochs and one seed,
 over the same grid of batches and learning rates by its accuracy on the source's validation images alone; trained with
-what it does best with, seed by seed; and measured on the targets. OUT/results.json holds all of it.
+what it does best with, seed by seed; and measured on the targets. Of the arms beside the headline's the half that does
+best on the source is measured, as it was tuned, on the targets that arms may be chosen by, and half of that is trained.
+OUT/results.json holds all of it: what it has is not done again, though its backbones are gone.
 """
 
 import argparse
 import json
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import in_memory
@@ -27,6 +31,8 @@ CHOICE = ("icons-novel", "armenian", "animal-mnist", "mnist-5k")
 """Targets that arms may be chosen by."""
 HEADLINE = ("kanji", "hiragana", "emoji-subcategory", "emoji-identity")
 """Targets that nothing was chosen by."""
+FROZEN = ("probe", "knn", "fewshot")
+"""How features are measured."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ ARMS = {
     # beside the headline
     "simplex, NONL": Arm("nonl"),
     "learned, NONL": Arm("nonl", (LEARNED,)),
+    "simplex, NONL 0.05, projector": Arm("nonl", (PROJECTOR,), ("--temperature", "0.05")),
+    "simplex, NONL 0.2, projector": Arm("nonl", (PROJECTOR,), ("--temperature", "0.2")),
     "simplex, NTCE, projector": Arm("ntce", (PROJECTOR,)),
     "learned, NTCE, projector": Arm("ntce", (LEARNED, PROJECTOR)),
     "simplex, NormFace, projector": Arm("normface", (PROJECTOR,)),
@@ -89,10 +97,12 @@ ARMS = {
     "simplex, dot regression": Arm("dot_regression", ("feature_norm=yes",)),
     "simplex, dot regression, projector": Arm("dot_regression", ("feature_norm=yes", PROJECTOR)),
 }
-"""The first is what the others are compared with."""
+"""The first is what the others are compared with. Losses of cosines have a temperature of 0.1, or the one named."""
 
 HEADLINE_ARMS = 7
 """So many of them, from the first, are trained with all seeds."""
+OTHER_SEEDS = 3
+"""Trainings of an arm beside them that is left after two halvings."""
 
 
 @dataclass(frozen=True)
@@ -115,26 +125,50 @@ class Study:
         self.options, self.out, self.family = options, options.out, FAMILIES[options.family]
         count = None if options.all else HEADLINE_ARMS
         self.arms = {name: ARMS[name] for name in options.arms or list(ARMS)[:count]}
+        self.others = [name for name in self.arms if list(ARMS).index(name) >= HEADLINE_ARMS]
+        file = self.out / "results.json"
+        self.known: dict[str, Any] = _read(file)["arms"] if file.exists() else {}
 
-    def seeds(self, name: str) -> range:
-        """Seeds of an arm: one beside the headline."""
-        return range(self.options.seeds if list(ARMS).index(name) < HEADLINE_ARMS else 1)
+    def seeds(self, name: str) -> list[int]:
+        """Seeds of an arm that are yet to be trained or have been trained here."""
+        count = self.options.seeds if name not in self.others else min(OTHER_SEEDS, self.options.seeds)
+        measured = {int(s) for s, run in self.known.get(name, {}).get("runs", {}).items() if run.get("transfer")}
+        return [s for s in range(count) if s not in measured or self.folder("train", name, s).exists()]
 
     def folder(self, kind: str, name: str, *what: object) -> Path:
         """Where a run is."""
         return self.out / kind / "-".join(map(str, (name.replace(", ", "+").replace(" ", "_"), *what)))
 
     def tuning(self) -> list[Job]:
-        """Every arm with everything in the grid."""
+        """Every arm with everything in the grid that has no result."""
         return [
             self._training(self.folder("tune", name, batch, lr), arm, batch, lr, seed=0, repeats=1)
             for name, arm in self.arms.items()
-            for batch, lr in self.family.grid
+            for (batch, lr), top1 in zip(self.family.grid, self.tuned(name).values(), strict=True)
+            if top1 is None
         ]
+
+    def screening(self) -> list[Job]:
+        """Backbones, as they were tuned, of the better half of the arms beside the headline's."""
+        best = halved(self.others, lambda name: max(top1 or 0 for top1 in self.tuned(name).values()))
+        folders = [self.folder("tune", name, *self.chosen(name)) for name in best if not self.screened(name)]
+        return [self._measuring("screen", folder, CHOICE, FROZEN) for folder in folders]
+
+    def screened(self, name: str) -> dict[str, Any]:
+        """Accuracies on the targets that arms may be chosen by, of an arm as it was tuned; none where not measured."""
+        file = self.out / "screen" / self.folder("tune", name, *self.chosen(name)).name / "results.json"
+        known: dict[str, Any] = self.known.get(name, {}).get("screened", {})
+        return _accuracies(_read(file)) if file.exists() else known
+
+    def left(self) -> list[str]:
+        """Arms to train: the headline's, and half of those beside it that have been screened."""
+        screened = {name: found for name in self.others if (found := self.screened(name))}
+        best = halved([*screened], lambda name: mean(each["mean"] for each in screened[name].values()))
+        return [name for name in self.arms if name not in self.others or name in best]
 
     def training(self) -> list[Job]:
         """Every arm with what it does best with, the first seed of all before the second."""
-        pairs = [(seed, name) for name in self.arms for seed in self.seeds(name)]
+        pairs = [(seed, name) for name in self.left() for seed in self.seeds(name)]
         jobs = []
         for seed, name in sorted(pairs, key=lambda pair: pair[0]):
             batch, lr = self.chosen(name)
@@ -144,13 +178,15 @@ class Study:
 
     def plan(self) -> str:
         """What is to be done, and for how long."""
-        tuning, runs = self.tuning(), 0
         lines = [f"to tune over (batch, rate) {', '.join(map(str, self.family.grid))}, then to train and measure:"]
+        left = {}
         for name in self.arms:
-            lines.append(f"  {name}: {len(self.seeds(name))} seeds")
-            done = sum((self.folder("train", name, seed) / "results.json").exists() for seed in self.seeds(name))
-            runs += len(self.seeds(name)) - done
-        tune = sum(not job.done for job in tuning)
+            folders = [self.folder("train", name, seed) for seed in self.seeds(name)]
+            left[name] = sum(not (folder / "results.json").exists() for folder in folders)
+            lines.append(f"  {name}: {left[name]} seeds{' if it is left after two halvings' * (name in self.others)}")
+        quarter = math.ceil(len(self.others) / 4)
+        runs = sum(left[name] for name in left.keys() - self.others) + quarter * OTHER_SEEDS
+        tune = sum(not job.done for job in self.tuning())
         # icons-400's images, and its validation images, of which inference takes a third of the time
         images = self.options.epochs * (tune * (21_163 + 8_460 / 3) + runs * (3 * 21_163 + 8_460 / 3))
         hours = images / self.options.rate / 3600
@@ -173,24 +209,25 @@ class Study:
         if job.out.parent.name != "train":
             return []
         options, seed = self.options, int(job.out.name.split("-")[-1])
-        jobs = [self._measuring("transfer", job.out, options.targets, ["probe", "knn", "fewshot"])]
+        jobs = [self._measuring("transfer", job.out, options.targets, FROZEN)]
         if seed < options.finetune:
             steps = ["--finetune-steps", options.finetune_steps]
             jobs.append(self._measuring("finetune", job.out, HEADLINE, ["finetune", *steps]))
         return jobs
 
-    def _measuring(self, kind: str, trained: Path, targets: Sequence[str], protocols: list[Any]) -> Job:
+    def _measuring(self, kind: str, trained: Path, targets: Sequence[str], protocols: Sequence[Any]) -> Job:
         out = self.out / kind / trained.name
         command = ["transfer", "--models", f"{trained.name}=local-dir:{trained / 'export'}", "--out", out]
         command += ["--data-root", self.options.data_root, "--targets", *targets, "--protocols", *protocols]
         return Job([str(c) for c in [*command, "--seeds", 1, "--workers", 0]], out)
 
     def tuned(self, name: str) -> dict[str, float | None]:
-        """Source accuracy of an arm by what is in the grid; None where it diverged."""
+        """Source accuracy of an arm by what is in the grid; None where it diverged or has not been tried."""
         found = {}
+        known = self.known.get(name, {}).get("tuned", {})
         for batch, lr in self.family.grid:
-            file = self.folder("tune", name, batch, lr) / "results.json"
-            found[f"batch {batch}, lr {lr}"] = _read(file)["source"]["top1"] if file.exists() else None
+            file, point = self.folder("tune", name, batch, lr) / "results.json", f"batch {batch}, lr {lr}"
+            found[point] = _read(file)["source"]["top1"] if file.exists() else known.get(point)
         return found
 
     def chosen(self, name: str) -> tuple[int, float]:
@@ -199,9 +236,8 @@ class Study:
         return self.family.grid[accuracies.index(max(accuracies))]
 
     def write_results(self) -> None:
-        """Everything that is there, as results.json; arms and runs that it has of before stay."""
-        file = self.out / "results.json"
-        arms: dict[str, Any] = _read(file)["arms"] if file.exists() else {}
+        """Everything that is there, as results.json; arms and runs that it had before stay."""
+        arms = dict(self.known)
         for name, arm in self.arms.items():
             runs: dict[str, Any] = arms.get(name, {}).get("runs", {})
             for seed in self.seeds(name):
@@ -214,15 +250,21 @@ class Study:
                     if measured[1].exists():
                         runs[str(seed)]["finetune_rates"] = _rates(_read(measured[1]))
             batch, lr = self.chosen(name)
-            tuned, chosen = self.tuned(name), {"batch_size": batch, "lr": lr}
-            if name in arms and None in tuned.values():
-                tuned, chosen = arms[name]["tuned"], arms[name]["chosen"]
-            arms[name] = {"options": arm.options(self.options.family), "tuned": tuned, "chosen": chosen, "runs": runs}
+            told = {"options": arm.options(self.options.family), "tuned": self.tuned(name)}
+            told |= {"chosen": {"batch_size": batch, "lr": lr}}
+            if screened := self.screened(name):
+                told["screened"] = screened
+            arms[name] = told | {"runs": runs}
         arms = {name: arms[name] for name in ARMS if name in arms}
         asked = {k: getattr(self.options, k) for k in ("family", "epochs", "finetune_steps")}
         settings: dict[str, Any] = {**asked, "options": f"{COMMON} {self.family.options}", "grid": self.family.grid}
         settings |= {"choice": CHOICE, "headline": HEADLINE}
-        write_json(file, {"settings": settings, "arms": arms})
+        write_json(self.out / "results.json", {"settings": settings, "arms": arms})
+
+
+def halved(names: list[str], score: Callable[[str], float]) -> list[str]:
+    """The better half."""
+    return sorted(names, key=score, reverse=True)[: math.ceil(len(names) / 2)]
 
 
 def _rates(told: dict[str, Any]) -> dict[str, float]:
@@ -270,7 +312,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--family", default="resnet10t", choices=FAMILIES)
-    parser.add_argument("--all", action="store_true", help="the arms beside the headline's, too, with one seed")
+    parser.add_argument("--all", action="store_true", help="the arms beside the headline's, too")
     parser.add_argument("--arms", nargs="*", choices=ARMS, metavar="ARM", help="these arms only")
     parser.add_argument("--seeds", type=int, default=5, help="of the headline's arms")
     parser.add_argument("--epochs", type=int, default=4, help="of three passes each; a third of them to tune")
@@ -293,8 +335,8 @@ def main() -> None:
     with ProcessPoolExecutor(
         options.jobs, get_context("spawn"), in_memory.start, (options.out / "decoded", threads)
     ) as pool:
-        run(study.tuning(), study, pool)
-        run(study.training(), study, pool)
+        for jobs in (study.tuning, study.screening, study.training):
+            run(jobs(), study, pool)
     study.write_results()
     print(f"results: {options.out / 'results.json'}\nnext:    python examples/study/report.py {options.out}")
 
