@@ -47,7 +47,7 @@ FAMILIES = {
     "resnet10t": Family("--weight-decay 5e-4", ((64, 0.1), (64, 0.2), (128, 0.2), (128, 0.4), (512, 0.4))),
     "convnext_atto": Family(
         "--opt adamw --opt-kwargs fused=True --weight-decay 0.05",
-        ((64, 1e-3), (128, 1e-3), (128, 2e-3), (128, 4e-3)),
+        ((64, 1e-3), (64, 2e-3), (128, 1e-3), (128, 2e-3), (128, 4e-3)),
     ),
 }
 
