@@ -120,10 +120,11 @@ def test_arms_beside_the_headline_are_halved_by_the_source_and_then_by_targets(t
     assert [job.out for job in again.training()] == training
 
 
-def test_the_report_is_that_of_its_results(tmp_path: Path) -> None:
-    shutil.copy(STUDY / "results.json", tmp_path)
+@pytest.mark.parametrize("family", [STUDY, STUDY / "convnext_atto"])
+def test_the_report_is_that_of_its_results(tmp_path: Path, family: Path) -> None:
+    shutil.copy(family / "results.json", tmp_path)
     runpy.run_path(str(STUDY / "report.py"))["main"](tmp_path)
-    assert (tmp_path / "report.md").read_text() == (STUDY / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == (family / "report.md").read_text()
     assert (tmp_path / "waterfall.png").stat().st_size > 5000
 
 

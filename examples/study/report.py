@@ -224,12 +224,14 @@ def draw_steps(findings: Findings, way: dict[str, str], protocol: str, axis: Any
 def draw_gains(findings: Findings, path: Path) -> None:
     """Differences with their intervals over trainings, protocol by protocol, on both halves of the targets."""
     drawn = [p for p in PROTOCOLS if findings.means(RECIPE, p, "headline")]
+    compared = {k: of for k, of in COMPARED.items() if all(findings.measured(arm, ["knn"]) for arm in of[:2])}
     figure: Any = Figure(figsize=(11, 0.55 * len(drawn) + 1.6), layout="constrained")
     axes = figure.subplots(1, len(HALVES), sharex=True)
     for axis, (half, title) in zip(axes, HALVES.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
-        for offset, (name, (arm, other, colour)) in zip((-0.22, 0, 0.22), COMPARED.items(), strict=True):
-            paired = [findings.difference(arm, other, p, half) if arm in findings.arms else [] for p in drawn]
+        for number, (name, (arm, other, colour)) in enumerate(compared.items()):
+            offset = 0.22 * (number - (len(compared) - 1) / 2)
+            paired = [findings.difference(arm, other, p, half) for p in drawn]
             there = [(place, each) for place, each in enumerate(paired) if each]
             means = [mean(each) for _, each in there]
             ends = [t_interval(each) or (middle, middle) for middle, (_, each) in zip(means, there, strict=True)]
@@ -251,7 +253,7 @@ def draw_gains(findings: Findings, path: Path) -> None:
 def main(out: Path) -> None:
     """Write both."""
     findings = Findings(json.loads((out / "results.json").read_text(encoding="utf-8")))
-    lines = ["# Loss, head and projector", ""]
+    lines = [f"# Loss, head and projector: {findings.settings['family']}", ""]
     for half, title in HALVES.items():
         lines += [f"## {title}", "", ", ".join(findings.settings[half]), "", *findings.table(half), ""]
     lines += [f"Differences are from {findings.reference}, over the seeds that both have, with 95 % t intervals.", ""]
