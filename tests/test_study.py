@@ -74,7 +74,7 @@ def test_the_plan_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "  simplex, CE, projector: 5 seeds\n" in said
     assert "35 trainings to tune and 35 to compare are left: 12,640,880 images" in said
     assert "about 3.5 hours" in said
-    done = tmp_path / "train" / "learned+CE-0"
+    done = tmp_path / "train" / "learned+CE-64-0.1-0"
     done.mkdir(parents=True)
     (done / "results.json").touch()
     main()
@@ -118,6 +118,24 @@ def test_arms_beside_the_headline_are_halved_by_the_source_and_then_by_targets(t
     assert again.left() == ["learned, CE", *names[3:5]]
     assert not again.screening()
     assert [job.out for job in again.training()] == training
+
+
+def test_trainings_with_what_is_no_longer_an_arms_best_are_done_again(tmp_path: Path) -> None:
+    scope = runpy.run_path(str(STUDY / "study.py"))
+    shutil.copy(STUDY / "results.json", tmp_path)
+    options = argparse.Namespace(out=tmp_path, family="resnet10t", all=False, arms=["learned, CE"], seeds=5)
+    vars(options).update(epochs=4, data_root=Path("DATA"), targets=["kanji"], pretrain=[], finetune_steps=1)
+    study = scope["Study"](options)
+    assert not study.training()
+    save(study.folder("tune", "learned, CE", 512, 0.4), {"source": {"top1": 99.0}})
+    assert [job.out.name for job in study.training()] == [f"learned+CE-512-0.4-{seed}" for seed in range(5)]
+    study.write_results()
+    told = json.loads((tmp_path / "results.json").read_text())["arms"]["learned, CE"]
+    assert told["chosen"] == {"batch_size": 512, "lr": 0.4}
+    assert told["runs"] == {}
+    options.family = "convnext_atto"
+    with pytest.raises(SystemExit, match=r"is of resnet10t: give another OUT, or --family resnet10t"):
+        scope["Study"](options)
 
 
 @pytest.mark.parametrize("family", [STUDY, STUDY / "convnext_atto"])

@@ -126,18 +126,32 @@ class Study:
         count = None if options.all else HEADLINE_ARMS
         self.arms = {name: ARMS[name] for name in options.arms or list(ARMS)[:count]}
         self.others = [name for name in self.arms if list(ARMS).index(name) >= HEADLINE_ARMS]
-        file = self.out / "results.json"
-        self.known: dict[str, Any] = _read(file)["arms"] if file.exists() else {}
+        self.known: dict[str, Any] = {}
+        if (file := self.out / "results.json").exists():
+            told = _read(file)
+            if (family := told["settings"]["family"]) != options.family:
+                raise SystemExit(f"{file} is of {family}: give another OUT, or --family {family}")
+            self.known = told["arms"]
 
     def seeds(self, name: str) -> list[int]:
         """Seeds of an arm that are yet to be trained or have been trained here."""
         count = self.options.seeds if name not in self.others else min(OTHER_SEEDS, self.options.seeds)
-        measured = {int(s) for s, run in self.known.get(name, {}).get("runs", {}).items() if run.get("transfer")}
-        return [s for s in range(count) if s not in measured or self.folder("train", name, s).exists()]
+        measured = {int(seed) for seed, run in self.before(name, "runs").items() if run.get("transfer")}
+        return [s for s in range(count) if s not in measured or self.trained(name, s).exists()]
+
+    def before(self, name: str, what: str) -> dict[str, Any]:
+        """What was known of an arm; nothing where another batch and learning rate are now its best."""
+        known, (batch, lr) = self.known.get(name, {}), self.chosen(name)
+        told: dict[str, Any] = known.get(what, {})
+        return dict(told) if known.get("chosen") == {"batch_size": batch, "lr": lr} else {}
 
     def folder(self, kind: str, name: str, *what: object) -> Path:
         """Where a run is."""
         return self.out / kind / "-".join(map(str, (name.replace(", ", "+").replace(" ", "_"), *what)))
+
+    def trained(self, name: str, seed: int) -> Path:
+        """Where an arm's training is."""
+        return self.folder("train", name, *self.chosen(name), seed)
 
     def tuning(self) -> list[Job]:
         """Every arm with everything in the grid that has no result."""
@@ -157,8 +171,7 @@ class Study:
     def screened(self, name: str) -> dict[str, Any]:
         """Accuracies on the targets that arms may be chosen by, of an arm as it was tuned; none where not measured."""
         file = self.out / "screen" / self.folder("tune", name, *self.chosen(name)).name / "results.json"
-        known: dict[str, Any] = self.known.get(name, {}).get("screened", {})
-        return _accuracies(_read(file)) if file.exists() else known
+        return _accuracies(_read(file)) if file.exists() else self.before(name, "screened")
 
     def left(self) -> list[str]:
         """Arms to train: the headline's, and half of those beside it that have been screened."""
@@ -172,7 +185,7 @@ class Study:
         jobs = []
         for seed, name in sorted(pairs, key=lambda pair: pair[0]):
             batch, lr = self.chosen(name)
-            out = self.folder("train", name, seed)
+            out = self.trained(name, seed)
             jobs.append(self._training(out, self.arms[name], batch, lr, seed=seed, repeats=3))
         return jobs
 
@@ -181,7 +194,7 @@ class Study:
         lines = [f"to tune over (batch, rate) {', '.join(map(str, self.family.grid))}, then to train and measure:"]
         left = {}
         for name in self.arms:
-            folders = [self.folder("train", name, seed) for seed in self.seeds(name)]
+            folders = [self.trained(name, seed) for seed in self.seeds(name)]
             left[name] = sum(not (folder / "results.json").exists() for folder in folders)
             lines.append(f"  {name}: {left[name]} seeds{' if it is left after two halvings' * (name in self.others)}")
         quarter = math.ceil(len(self.others) / 4)
@@ -239,9 +252,9 @@ class Study:
         """Everything that is there, as results.json; arms and runs that it had before stay."""
         arms = dict(self.known)
         for name, arm in self.arms.items():
-            runs: dict[str, Any] = arms.get(name, {}).get("runs", {})
+            runs = self.before(name, "runs")
             for seed in self.seeds(name):
-                trained = self.folder("train", name, seed)
+                trained = self.trained(name, seed)
                 if (trained / "results.json").exists():
                     runs[str(seed)] = {"source": _read(trained / "results.json")["source"]}
                     measured = [self.out / kind / trained.name / "results.json" for kind in ("transfer", "finetune")]
