@@ -96,7 +96,7 @@ def test_arms_beside_the_headline_are_halved_by_the_source_and_then_by_targets(t
     scope = runpy.run_path(str(STUDY / "study.py"))
     names = [*scope["ARMS"]][scope["HEADLINE_ARMS"] :][:7]
     options = argparse.Namespace(out=tmp_path, family="resnet10t", all=False, arms=["learned, CE", *names], seeds=5)
-    vars(options).update(epochs=4, data_root=Path("DATA"), targets=["kanji"], pretrain=[], finetune_steps=1)
+    vars(options).update(epochs=4, data_root=Path("DATA"), targets=["kanji"], pretrain=[], finetune=0, finetune_steps=1)
     study = scope["Study"](options)
     for place, name in enumerate(names):  # the last is the best on the source
         for batch, lr in study.family.grid:
@@ -124,13 +124,15 @@ def test_trainings_with_what_is_no_longer_an_arms_best_are_done_again(tmp_path: 
     scope = runpy.run_path(str(STUDY / "study.py"))
     shutil.copy(STUDY / "results.json", tmp_path)
     options = argparse.Namespace(out=tmp_path, family="resnet10t", all=False, arms=["learned, CE"], seeds=5)
-    vars(options).update(epochs=4, data_root=Path("DATA"), targets=["kanji"], pretrain=[], finetune_steps=1)
+    vars(options).update(epochs=4, data_root=Path("DATA"), targets=["kanji"], pretrain=[], finetune=0, finetune_steps=1)
     study = scope["Study"](options)
     assert not study.training()
     save(study.folder("tune", "learned, CE", 512, 0.4), {"source": {"top1": 99.0}})
     assert [job.out.name for job in study.training()] == [f"learned+CE-512-0.4-{seed}" for seed in range(5)]
     study.write_results()
-    told = json.loads((tmp_path / "results.json").read_text())["arms"]["learned, CE"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["finetune_steps"] == 100  # nothing has been fine-tuned with another number
+    told = results["arms"]["learned, CE"]
     assert told["chosen"] == {"batch_size": 512, "lr": 0.4}
     assert told["runs"] == {}
     options.family = "convnext_atto"

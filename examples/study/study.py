@@ -127,11 +127,14 @@ class Study:
         self.arms = {name: ARMS[name] for name in options.arms or list(ARMS)[:count]}
         self.others = [name for name in self.arms if list(ARMS).index(name) >= HEADLINE_ARMS]
         self.known: dict[str, Any] = {}
+        self.finetune_steps: int = options.finetune_steps
         if (file := self.out / "results.json").exists():
             told = _read(file)
             if (family := told["settings"]["family"]) != options.family:
                 raise SystemExit(f"{file} is of {family}: give another OUT, or --family {family}")
             self.known = told["arms"]
+            if not options.finetune:
+                self.finetune_steps = told["settings"]["finetune_steps"]
 
     def seeds(self, name: str) -> list[int]:
         """Seeds of an arm that are yet to be trained or have been trained here."""
@@ -269,7 +272,7 @@ class Study:
                 told["screened"] = screened
             arms[name] = told | {"runs": runs}
         arms = {name: arms[name] for name in ARMS if name in arms}
-        asked = {k: getattr(self.options, k) for k in ("family", "epochs", "finetune_steps")}
+        asked = {"family": self.options.family, "epochs": self.options.epochs, "finetune_steps": self.finetune_steps}
         settings: dict[str, Any] = {**asked, "options": f"{COMMON} {self.family.options}", "grid": self.family.grid}
         settings |= {"choice": CHOICE, "headline": HEADLINE}
         write_json(self.out / "results.json", {"settings": settings, "arms": arms})
