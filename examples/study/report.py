@@ -154,14 +154,14 @@ class Findings:
             "measured on targets that arms may be chosen by; half of that was then trained with three seeds.",
             "",
         ]
-        titles = " | ".join(protocols)
-        lines += [f"| arm | batch, rate | source top-1 | {titles} |", f"|{'---|' * (3 + len(protocols))}"]
+        titles = ["arm", "batch, rate", "source top-1", *protocols]
+        lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
         for name in sorted(others, key=lambda name: -best(others[name])):
             arm = others[name]
             found = [arm.get("screened", {}).get(p, {}).get("mean") for p in protocols]
-            cells = ["-" if accuracy is None else f"{accuracy:.1f}" for accuracy in found]
-            point = f"{arm['chosen']['batch_size']}, {arm['chosen']['lr']}"
-            lines.append(f"| {name} | {point} | {best(arm):.1f} | {' | '.join(cells)} |")
+            cells = [name, f"{arm['chosen']['batch_size']}, {arm['chosen']['lr']}", f"{best(arm):.1f}"]
+            cells += ["-" if accuracy is None else f"{accuracy:.1f}" for accuracy in found]
+            lines.append(f"| {' | '.join(cells)} |")
         return lines
 
     def geometry(self) -> list[str]:
