@@ -130,8 +130,8 @@ def test_transfer() -> None:
     differences = {la: [m["differences"][la] for m in means] for la in ("etf", "sw")}
     shown = {la: [signed(d["mean"], d["interval_over_runs"]) for d in ds] for la, ds in differences.items()}
     assert (etf, sw) == (shown["etf"], shown["sw"])
-    probe, _, one_shot, *_ = shown["etf"]
-    assert f"{probe} points under a linear probe and {one_shot} with one image per class" in words(README)
+    probe, knn, one_shot, *_ = shown["etf"]
+    assert f"| a learned classifier | {knn} | {one_shot} | {probe} |" in words(README)
     example = words(ROOT / "examples" / "transfer" / "README.md")
     assert f"{probe[:-1]} over trainings)" in example.replace("points under a linear probe ", "")
     assert f"Whitening: {shown['sw'][0]}" in example

@@ -140,6 +140,19 @@ def test_trainings_with_what_is_no_longer_an_arms_best_are_done_again(tmp_path: 
         scope["Study"](options)
 
 
+def test_the_table_of_the_readme_is_that_of_the_studies() -> None:
+    scope = runpy.run_path(str(STUDY / "report.py"))
+    recipe = "simplex, CE, projector"
+    first = [(recipe, other) for other in ("learned, CE", "whitened, CE", "learned, CE, projector")]
+    first.append(("simplex, CE", "learned, CE"))
+    for folder, compared in ((STUDY, first), (STUDY / "convnext_atto", first[:1])):
+        findings = scope["Findings"](json.loads((folder / "results.json").read_text()))
+        for arm, other in compared:
+            differences = [findings.difference(arm, other, p, "headline") for p in ("knn", "1-shot", "probe")]
+            cells = " | ".join(scope["shown"](each).replace(", ", " (") + ")" for each in differences)
+            assert f" | {cells} |" in (STUDY.parent.parent / "README.md").read_text()
+
+
 @pytest.mark.parametrize("family", [STUDY, STUDY / "convnext_atto"])
 def test_the_report_is_that_of_its_results(tmp_path: Path, family: Path) -> None:
     shutil.copy(family / "results.json", tmp_path)
