@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import tyro
 from PIL import Image
 
 from timm_etf import UsageError, demo, hub
+from timm_etf.pretrain.config import PretrainConfig
+from timm_etf.pretrain.recipe import with_recipe
 from timm_etf.transfer import Result
 
 
@@ -35,6 +38,14 @@ def test_a_card_has_the_probes_of_its_own_training_and_the_difference_of_the_met
             assert (own["label"], own["reference"]) == (head, None if head == "learned" else "learned")
 
 
+def test_what_is_fixed_is_as_the_packages_recipe_says(tmp_path: Path) -> None:
+    names = ["--model", demo.HEADS["ETF"], "--out", str(tmp_path), "--config", "fixed-frame"]
+    named = tyro.cli(PretrainConfig, args=with_recipe(names))
+    ours = demo.config(demo.HEADS["ETF"], tmp_path, tmp_path, seed=0)
+    assert ours.loss == named.loss
+    assert {**ours.parsed_model_kwargs, **named.parsed_model_kwargs} == ours.parsed_model_kwargs
+
+
 def _images(names: list[str]) -> list[str]:
     return sorted(name for name in names if name.endswith(".png"))
 
@@ -53,7 +64,7 @@ def test_the_demo_and_its_continuation(
     results = demo.run(out, resume=True)
     written = json.loads((out / "results.json").read_text())
     assert {"schema": 1} | json.loads(json.dumps(results)) == written
-    assert results["logits_identical_after_reload"] is True
+    assert results["identical_after_reload"] is True
     targets = results["transfer"]["protocols"]["probe"]["targets"]
     assert list(targets) == ["pictograms-novel", "letters-greek", "letters-cyrillic", "mnist-5k"]
     for target in targets.values():
@@ -66,7 +77,7 @@ def test_the_demo_and_its_continuation(
         assert difference["mean"] == pytest.approx(np.mean(difference["by_run"]))
     assert Image.open(out / "demo.png").size == (1800, 750)
     printed = capsys.readouterr().out
-    assert "timm-etf pretrain --model resnet50_etf" in printed
+    assert "timm-etf pretrain --config fixed-frame --model resnet50_etf" in printed
     exports = [out / f"{name}-{seed}" / "export" for name in demo.HEADS.values() for seed in (0, 1)]
     assert f"local-dir:{exports[2]}" in printed
     for folder, measured in zip(exports[2:], targets["mnist-5k"]["models"]["ETF"]["by_model"], strict=True):

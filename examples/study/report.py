@@ -13,24 +13,28 @@ from timm_etf.atomic import write_text
 from timm_etf.report.statistics import t_interval
 from timm_etf.report.style import COLOURS, save
 
-RECIPE = "simplex, CE, projector"
+RECIPE = "simplex, NTCE, projector"
+WITH_CE = "simplex, CE, projector"
+"""The same under cross-entropy, which was called the recipe before NTCE had been measured."""
 STEPS = {
     "learned, CE": "learned,\ncross-entropy",
     "learned, CE, projector": "+ projector",
-    RECIPE: "+ simplex",
+    WITH_CE: "+ simplex",
+    RECIPE: "+ NTCE",
 }
 """What the recipe's gain is made of, one change after the other."""
 OTHER_STEPS = {
     "learned, CE": "learned,\ncross-entropy",
     "learned, CE, projector": "+ projector",
-    "learned, NONL, projector": "+ NONL",
-    "simplex, NONL, projector": "+ simplex",
+    "learned, NTCE, projector": "+ NTCE",
+    RECIPE: "+ simplex",
 }
-"""The way through another loss, at which pilot runs had pointed."""
+"""The same way with its last two steps exchanged."""
 COMPARED = {
-    "simplex, no projector - learned": ("simplex, CE", "learned, CE", COLOURS[0]),
-    "simplex behind a projector - learned": (RECIPE, "learned, CE", COLOURS[1]),
-    "what of it is the frame's: less a learned twin": (RECIPE, "learned, CE, projector", COLOURS[2]),
+    "the recipe: simplex, projector, NTCE - learned": (RECIPE, "learned, CE", COLOURS[1]),
+    "with cross-entropy - learned": (WITH_CE, "learned, CE", COLOURS[3]),
+    "with cross-entropy - its learned twin": (WITH_CE, "learned, CE, projector", COLOURS[2]),
+    "simplex alone - learned": ("simplex, CE", "learned, CE", COLOURS[0]),
 }
 """Differences that are drawn: of which arm, from which, and the colour."""
 HALVES = {"headline": "Targets that nothing was tuned on", "choice": "Targets that arms may be chosen by"}
@@ -56,7 +60,7 @@ class Findings:
 
     def on(self, arm: str, protocol: str, target: str) -> dict[str, float]:
         """Accuracy on one target, by seed."""
-        runs = self.arms[arm]["runs"].items()
+        runs = self.arms.get(arm, {"runs": {}})["runs"].items()
         told = {seed: run.get("transfer", {}).get(protocol, {}) for seed, run in runs}
         return {seed: accuracies[target] for seed, accuracies in told.items() if target in accuracies}
 
@@ -66,7 +70,7 @@ class Findings:
 
     def measured(self, arm: str, protocols: list[str]) -> bool:
         """Whether there is something of an arm under each of them."""
-        return arm in self.arms and all(self.means(arm, protocol, "headline") for protocol in protocols)
+        return all(self.means(arm, protocol, "headline") for protocol in protocols)
 
     def difference(self, arm: str, other: str, protocol: str, half: str) -> list[float]:
         """Of one arm less another, for every seed that both have."""
@@ -80,7 +84,7 @@ class Findings:
 
     def title(self, protocol: str, half: str) -> str:
         """A protocol, with its targets and trainings where it has not been measured on all."""
-        runs = [run.get("transfer", {}).get(protocol, {}) for run in self.arms[RECIPE]["runs"].values()]
+        runs = [run.get("transfer", {}).get(protocol, {}) for run in self.arms[self.reference]["runs"].values()]
         targets = [t for t in self.targets(half) if any(t in run for run in runs)]
         trainings = sum(bool(run) for run in runs)
         if not targets:
@@ -110,23 +114,34 @@ class Findings:
             lines.append(f"| {name} | {measured} | {' | '.join(cells)} |")
         return lines
 
-    def recipe_less(self, half: str) -> list[str]:
-        """Rows of differences of the recipe from every other arm."""
+    def choice(self) -> str:
+        """The arms by what they reach on the targets that arms may be chosen by."""
+        protocols = [p for p in self.protocols if p != "finetune"]
+        found = {
+            arm: [mean(self.means(arm, p, "choice").values()) for p in protocols]
+            for arm in self.arms
+            if all(self.means(arm, p, "choice") for p in protocols)
+        }
+        ordered = sorted(found, key=lambda arm: -mean(found[arm]))
+        return f"Mean of {', '.join(protocols)}: " + "; ".join(f"{arm} {mean(found[arm]):.1f}" for arm in ordered) + "."
+
+    def less(self, recipe: str, half: str) -> list[str]:
+        """Rows of differences of an arm from every other."""
         titles = " | ".join(self.title(p, half) for p in self.protocols)
-        lines = [f"| {RECIPE}, less | {titles} |", f"|{'---|' * (1 + len(self.protocols))}"]
+        lines = [f"| {recipe}, less | {titles} |", f"|{'---|' * (1 + len(self.protocols))}"]
         for name in self.arms:
-            paired = [self.difference(RECIPE, name, protocol, half) for protocol in self.protocols]
-            if name != RECIPE and any(paired):
+            paired = [self.difference(recipe, name, protocol, half) for protocol in self.protocols]
+            if name != recipe and any(paired):
                 lines.append(f"| {name} | {' | '.join(shown(each) if each else '-' for each in paired)} |")
         return lines
 
-    def by_target(self, other: str) -> list[str]:
-        """Rows of differences of the recipe from another arm, one for each target."""
-        lines = [f"| {RECIPE}, less {other} | {' | '.join(self.protocols)} |", f"|{'---|' * (1 + len(self.protocols))}"]
+    def by_target(self, recipe: str, other: str) -> list[str]:
+        """Rows of differences of an arm from another, one for each target."""
+        lines = [f"| {recipe}, less {other} | {' | '.join(self.protocols)} |", f"|{'---|' * (1 + len(self.protocols))}"]
         for target in self.targets("both"):
             cells = []
             for protocol in self.protocols:
-                ours, theirs = (self.on(arm, protocol, target) for arm in (RECIPE, other))
+                ours, theirs = (self.on(arm, protocol, target) for arm in (recipe, other))
                 paired = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
                 cells.append(shown(paired) if paired else "-")
             lines.append(f"| {target} | {' | '.join(cells)} |")
@@ -189,7 +204,7 @@ def shown(differences: list[float]) -> str:
 
 def draw(findings: Findings, path: Path) -> None:
     """Accuracies on the headline targets, and what each change adds to them, by either way."""
-    protocols = [p for p in ("probe", "knn", "5-shot") if findings.means(RECIPE, p, "headline")]
+    protocols = [p for p in ("probe", "knn", "5-shot") if p in findings.protocols]
     ways = [way for way in (STEPS, OTHER_STEPS) if all(findings.measured(arm, protocols) for arm in way)]
     ways = ways or [{arm: told for arm, told in STEPS.items() if findings.measured(arm, protocols)}]
     figure: Any = Figure(figsize=(4.6 * len(protocols), 3.2 * len(ways)), layout="constrained")
@@ -223,14 +238,14 @@ def draw_steps(findings: Findings, way: dict[str, str], protocol: str, axis: Any
 
 def draw_gains(findings: Findings, path: Path) -> None:
     """Differences with their intervals over trainings, protocol by protocol, on both halves of the targets."""
-    drawn = [p for p in PROTOCOLS if findings.means(RECIPE, p, "headline")]
+    drawn = findings.protocols
     compared = {k: of for k, of in COMPARED.items() if all(findings.measured(arm, ["knn"]) for arm in of[:2])}
-    figure: Any = Figure(figsize=(11, 0.55 * len(drawn) + 1.6), layout="constrained")
+    figure: Any = Figure(figsize=(11, 0.65 * len(drawn) + 1.6), layout="constrained")
     axes = figure.subplots(1, len(HALVES), sharex=True)
     for axis, (half, title) in zip(axes, HALVES.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
         for number, (name, (arm, other, colour)) in enumerate(compared.items()):
-            offset = 0.22 * (number - (len(compared) - 1) / 2)
+            offset = 0.19 * (number - (len(compared) - 1) / 2)
             paired = [findings.difference(arm, other, p, half) for p in drawn]
             there = [(place, each) for place, each in enumerate(paired) if each]
             means = [mean(each) for _, each in there]
@@ -246,7 +261,9 @@ def draw_gains(findings: Findings, path: Path) -> None:
         axis.set_xlabel("difference in accuracy, percentage points; 95 % over trainings", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(compared), frameon=False, fontsize=9
+    )
     save(figure, path)
 
 
@@ -256,14 +273,17 @@ def main(out: Path) -> None:
     lines = [f"# Loss, head and projector: {findings.settings['family']}", ""]
     for half, title in HALVES.items():
         lines += [f"## {title}", "", ", ".join(findings.settings[half]), "", *findings.table(half), ""]
+    lines += [findings.choice(), ""]
     lines += [f"Differences are from {findings.reference}, over the seeds that both have, with 95 % t intervals.", ""]
-    lines += ["## The recipe"]
-    for half, title in (*HALVES.items(), ("both", "All of them")):
-        lines += ["", f"{title}:", "", *findings.recipe_less(half)]
-    for other in (findings.reference, "learned, CE, projector"):
-        if findings.arms.get(other, {}).get("runs"):
-            lines += ["", *findings.by_target(other)]
-    lines += ["", "## Fine-tuned", "", *findings.fine_tuned(), *findings.screened()]
+    for recipe in (RECIPE, WITH_CE):
+        if findings.measured(recipe, ["knn"]):
+            lines += [f"## {recipe}, less the others", ""]
+            for half, title in (*HALVES.items(), ("both", "All of them")):
+                lines += [f"{title}:", "", *findings.less(recipe, half), ""]
+            for other in (findings.reference, "learned, CE, projector"):
+                if findings.measured(other, ["knn"]):
+                    lines += [*findings.by_target(recipe, other), ""]
+    lines += ["## Fine-tuned", "", *findings.fine_tuned(), *findings.screened()]
     lines += ["", "## Geometry", "", "Of the source's validation images, before any projector; means over trainings."]
     lines += ["", *findings.geometry()]
     lines += [

@@ -54,6 +54,8 @@ FAMILIES = {
 COMMON = "--img-size 40 --crop-pct 1.0 --scale 0.6 1.0 --hflip 0 --color-jitter 0 --warmup-epochs 1"
 
 PROJECTOR, LEARNED, GAUSSIAN = "projector=mlp", "frame=learned", "frame=gaussian"
+UNSMOOTHED = ("--smoothing", "0")
+"""Cross-entropy has label smoothing of 0.1 unless it is named so; losses of cosines have none."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,12 @@ class Arm:
 ARMS = {
     "learned, CE": Arm(head=None),
     "learned, CE, projector": Arm(head=(LEARNED, PROJECTOR)),
+    "learned, CE, no smoothing": Arm(head=None, more=UNSMOOTHED),
+    "learned, CE, no smoothing, projector": Arm(head=(LEARNED, PROJECTOR), more=UNSMOOTHED),
     "simplex, CE": Arm(),
     "simplex, CE, projector": Arm(head=(PROJECTOR,)),
+    "learned, NTCE, projector": Arm("ntce", (LEARNED, PROJECTOR)),
+    "simplex, NTCE, projector": Arm("ntce", (PROJECTOR,)),
     "learned, NONL, projector": Arm("nonl", (LEARNED, PROJECTOR)),
     "simplex, NONL, projector": Arm("nonl", (PROJECTOR,)),
     "whitened, CE": Arm(head=None, whitened=True),
@@ -86,8 +92,6 @@ ARMS = {
     "learned, NONL": Arm("nonl", (LEARNED,)),
     "simplex, NONL 0.05, projector": Arm("nonl", (PROJECTOR,), ("--temperature", "0.05")),
     "simplex, NONL 0.2, projector": Arm("nonl", (PROJECTOR,), ("--temperature", "0.2")),
-    "simplex, NTCE, projector": Arm("ntce", (PROJECTOR,)),
-    "learned, NTCE, projector": Arm("ntce", (LEARNED, PROJECTOR)),
     "simplex, NormFace, projector": Arm("normface", (PROJECTOR,)),
     "learned, NormFace, projector": Arm("normface", (LEARNED, PROJECTOR)),
     "simplex, CE, scale 4": Arm(head=("logit_scale=4",)),
@@ -99,7 +103,7 @@ ARMS = {
 }
 """The first is what the others are compared with. Losses of cosines have a temperature of 0.1, or the one named."""
 
-HEADLINE_ARMS = 7
+HEADLINE_ARMS = 11
 """So many of them, from the first, are trained with all seeds."""
 OTHER_SEEDS = 3
 """Trainings of an arm beside them that is left after two halvings."""
