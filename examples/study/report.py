@@ -2,7 +2,7 @@
 
 import json
 import sys
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,10 +31,10 @@ OTHER_STEPS = {
 }
 """The same way with its last two steps exchanged."""
 COMPARED = {
-    "the recipe: simplex, projector, NTCE - learned": (RECIPE, "learned, CE", COLOURS[1]),
-    "with cross-entropy - learned": (WITH_CE, "learned, CE", COLOURS[3]),
-    "with cross-entropy - its learned twin": (WITH_CE, "learned, CE, projector", COLOURS[2]),
-    "simplex alone - learned": ("simplex, CE", "learned, CE", COLOURS[0]),
+    "simplex, projector, NTCE (the recipe) - learned": (RECIPE, "learned, CE", COLOURS[1]),
+    "simplex, projector, cross-entropy - learned": (WITH_CE, "learned, CE", COLOURS[3]),
+    "simplex, projector, cross-entropy - learned, projector": (WITH_CE, "learned, CE, projector", COLOURS[2]),
+    "simplex in the classifier's place - learned": ("simplex, CE", "learned, CE", COLOURS[0]),
 }
 """Differences that are drawn: of which arm, from which, and the colour."""
 HALVES = {"headline": "Targets that nothing was tuned on", "choice": "Targets that arms may be chosen by"}
@@ -120,7 +120,7 @@ class Findings:
         found = {
             arm: [mean(self.means(arm, p, "choice").values()) for p in protocols]
             for arm in self.arms
-            if all(self.means(arm, p, "choice") for p in protocols)
+            if protocols and all(self.means(arm, p, "choice") for p in protocols)
         }
         ordered = sorted(found, key=lambda arm: -mean(found[arm]))
         return f"Mean of {', '.join(protocols)}: " + "; ".join(f"{arm} {mean(found[arm]):.1f}" for arm in ordered) + "."
@@ -166,7 +166,7 @@ class Findings:
             return []
         lines = ["", "## Beside the headline", "", "One seed, a third of the passes. The better half on the source was"]
         lines += [
-            "measured on targets that arms may be chosen by; half of that was then trained with three seeds.",
+            "measured on targets that arms may be chosen by; half of that was then trained.",
             "",
         ]
         titles = ["arm", "batch, rate", "source top-1", *protocols]
@@ -206,7 +206,7 @@ def draw(findings: Findings, path: Path) -> None:
     """Accuracies on the headline targets, and what each change adds to them, by either way."""
     protocols = [p for p in ("probe", "knn", "5-shot") if p in findings.protocols]
     ways = [way for way in (STEPS, OTHER_STEPS) if all(findings.measured(arm, protocols) for arm in way)]
-    ways = ways or [{arm: told for arm, told in STEPS.items() if findings.measured(arm, protocols)}]
+    ways = ways or [dict(takewhile(lambda step: findings.measured(step[0], protocols), STEPS.items()))]
     figure: Any = Figure(figsize=(4.6 * len(protocols), 3.2 * len(ways)), layout="constrained")
     rows = figure.subplots(len(ways), len(protocols), squeeze=False, sharey="col")
     for protocol, column in zip(protocols, rows.T, strict=True):
@@ -261,9 +261,7 @@ def draw_gains(findings: Findings, path: Path) -> None:
         axis.set_xlabel("difference in accuracy, percentage points; 95 % over trainings", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(compared), frameon=False, fontsize=9
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save(figure, path)
 
 
@@ -299,9 +297,11 @@ def main(out: Path) -> None:
         tuned = (arm["tuned"][point] for point in grid)
         lines.append(f"| {name} | {' | '.join('-' if top1 is None else f'{top1:.1f}' for top1 in tuned)} |")
     write_text(out / "report.md", "\n".join(lines) + "\n")
-    draw(findings, out / "waterfall.png")
-    draw_gains(findings, out / "gains.png")
-    print(f"report:  {out / 'report.md'}\npicture: {out / 'waterfall.png'}\npicture: {out / 'gains.png'}")
+    print(f"report:  {out / 'report.md'}")
+    if findings.protocols:  # something has been measured
+        draw(findings, out / "waterfall.png")
+        draw_gains(findings, out / "gains.png")
+        print(f"picture: {out / 'waterfall.png'}\npicture: {out / 'gains.png'}")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ ARMS = {
     "learned, CE, no smoothing, projector": Arm(head=(LEARNED, PROJECTOR), more=UNSMOOTHED),
     "simplex, CE": Arm(),
     "simplex, CE, projector": Arm(head=(PROJECTOR,)),
+    "simplex, CE, no smoothing, projector": Arm(head=(PROJECTOR,), more=UNSMOOTHED),
     "learned, NTCE, projector": Arm("ntce", (LEARNED, PROJECTOR)),
     "simplex, NTCE, projector": Arm("ntce", (PROJECTOR,)),
     "learned, NONL, projector": Arm("nonl", (LEARNED, PROJECTOR)),
@@ -103,7 +104,7 @@ ARMS = {
 }
 """The first is what the others are compared with. Losses of cosines have a temperature of 0.1, or the one named."""
 
-HEADLINE_ARMS = 11
+HEADLINE_ARMS = 12
 """So many of them, from the first, are trained with all seeds."""
 OTHER_SEEDS = 3
 """Trainings of an arm beside them that is left after two halvings."""

@@ -26,7 +26,7 @@ def with_recipe(arguments: list[str]) -> list[str]:
 
     Example:
         >>> with_recipe(["--model", "resnet50_etf", "--config", "fixed-frame"])
-        ['--model-kwargs', 'projector=mlp', '--loss', 'ntce', '--temperature', '0.1', '--model', 'resnet50_etf']
+        ['--model-kwargs', 'projector=mlp', '--loss', 'ntce', '--model', 'resnet50_etf']
     """
     rest: list[str] = []
     files: list[Path] = []
