@@ -357,7 +357,7 @@ class PretrainConfig:
                 "frame=learned for a trained classifier."
             )
         if self.loss in BATCH_LOSSES and (self.mixup or self.cutmix):
-            raise UsageError(f"--loss {self.loss} takes images of one class: leave out --mixup and --cutmix, or give 0.")
+            raise UsageError(f"--loss {self.loss} takes images of one class: leave out --mixup and --cutmix or give 0.")
         if self.loss in BATCH_LOSSES and self.batch_size * self.grad_accum_steps < 2:
             raise UsageError(f"--loss {self.loss} compares the images of a step: --batch-size must be at least 2.")
         if self.feature_entropy and self.batch_size < 2:
