@@ -144,9 +144,8 @@ def test_trainings_with_what_is_no_longer_an_arms_best_are_done_again(tmp_path: 
 
 def test_the_table_of_the_readme_is_that_of_the_studies() -> None:
     scope = runpy.run_path(str(STUDY / "report.py"))
-    recipe, with_ce = scope["RECIPE"], scope["WITH_CE"]
-    first = [(recipe, other) for other in ("learned, CE", scope["TWINS"][recipe], "whitened, CE")]
-    first += [(with_ce, "learned, CE, projector"), ("simplex, CE", "learned, CE")]
+    recipe, twins = scope["RECIPE"], scope["TWINS"]
+    first = [*twins.items(), (recipe, "learned, CE"), (recipe, "whitened, CE"), ("simplex, CE", "learned, CE")]
     for folder, compared in ((STUDY, first), (STUDY / "convnext_atto", [(recipe, "learned, CE")])):
         findings = scope["Findings"](json.loads((folder / "results.json").read_text()))
         for arm, other in compared:
